@@ -1,0 +1,34 @@
+# Installs Outlast into DESTDIR, as a package or an operator would. Needs python3, make, a C compiler, and for
+# the plugin Slurm's headers (slurm/spank.h).
+PREFIX ?= /usr
+DESTDIR ?=
+PYTHON ?= python3
+PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
+LIBEXECDIR ?= $(PREFIX)/libexec/outlast
+PACKAGES = outlast criu_backend
+
+install: install-python install-native install-slurm
+
+install-python:
+	for package in $(PACKAGES); do \
+		find $$package -name '*.py' -o -name py.typed | while read -r file; do \
+			install -D -m 644 "$$file" "$(DESTDIR)$(PYTHONDIR)/$$file" || exit 1; \
+		done || exit 1; \
+	done
+	$(PYTHON) -m compileall -q -s "$(DESTDIR)" "$(DESTDIR)$(PYTHONDIR)/outlast" "$(DESTDIR)$(PYTHONDIR)/criu_backend"
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	printf '#!%s\nimport sys\n\nfrom outlast.cli import main\n\nsys.exit(main())\n' "$(PREFIX)/bin/python3 -P" \
+		> "$(DESTDIR)$(PREFIX)/bin/outlast"
+	chmod 755 "$(DESTDIR)$(PREFIX)/bin/outlast"
+	install -D -m 755 outlast/shim.py "$(DESTDIR)$(LIBEXECDIR)/outlast-shim"
+
+install-native:
+	$(MAKE) -C criu_backend/native install DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)"
+
+install-slurm:
+	$(MAKE) -C plugins/slurm install DESTDIR="$(DESTDIR)"
+	for hook in prolog epilog epilog-slurmctld; do \
+		install -D -m 755 hooks/slurm/$$hook "$(DESTDIR)$(LIBEXECDIR)/slurm/$$hook" || exit 1; \
+	done
+
+.PHONY: install install-python install-native install-slurm

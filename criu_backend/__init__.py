@@ -1,0 +1,18 @@
+"""CRIU for one process tree in a capsule: check, dump, restore. Knows nothing of jobs or stores."""
+
+from __future__ import annotations
+
+from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
+from criu_backend._criu import Criu, CriuError, DumpResult, error_from_log
+
+__all__ = [
+    "Capsule",
+    "CapsuleError",
+    "Context",
+    "Criu",
+    "CriuError",
+    "DumpResult",
+    "error_from_log",
+    "restore_capsule",
+    "start_capsule",
+]

@@ -1,0 +1,280 @@
+"""Running CRIU: its version, dump and restore of one tree, and its log turned into an error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from criu_backend._capsule import (
+    HELPER,
+    INHERITED_STDIO,
+    Capsule,
+    CapsuleError,
+    Context,
+    clean_environment,
+    enter_command,
+    restore_capsule,
+)
+from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+
+_ERROR = re.compile(r"^(?:\([0-9.]+\))?\s*(?:\d+: )?Error \((?P<where>[^)]+)\): (?P<what>.*)$", re.M)
+
+# What CRIU logs as an error although it is none. Source: criu 4.2, seen where CAP_SYS_RESOURCE is missing.
+_NOISE = re.compile(r"Can't setup RLIMIT_NOFILE|Unable to create tun")
+
+# What CRIU says, and what the job's author can do about it. Source: criu 4.2, criu/files-ext.c,
+# criu/sk-inet.c, criu/sk-unix.c, criu/files-reg.c, criu/tty.c, and what was seen of it.
+_HINTS = (
+    (re.compile(r"io_uring"), "the job uses io_uring, which CRIU cannot dump: start it with the compat filter"),
+    (re.compile(r"half of stream unix connection"), "the job talks to a daemon over a unix socket; close it"),
+    (re.compile(r"Can't dump .*/dev/nvidia|/dev/kfd"), "GPU state needs CRIU's GPU plugins"),
+    (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
+    (re.compile(r"nested (pid|user|mnt) namespace"), "containers inside the job cannot be dumped"),
+    (re.compile(r"has bad size"), "a file that the job had open has changed since the checkpoint"),
+    (re.compile(r"Can't open file .*: No such file"), "a file that the job had open is not on this node"),
+    (re.compile(r"increase limit|ghost file"), "a deleted file that the job has open is too large"),
+    (re.compile(r"Cannot assign requested address"), "the job listens on the address of the node it ran on"),
+)
+
+_SUPPORTED = (4, 1)
+_FREEZE_SECONDS = 10
+
+
+class CriuError(Exception):
+    """CRIU failed. *log* is its full log, kept; *hint*, where one is known, is for the job's author."""
+
+    def __init__(self, message: str, *, log: Path, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.log = log
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class DumpResult:
+    """What a dump cost: the job stood still for *pause* seconds; *image_bytes* were written in all."""
+
+    pause: float
+    image_bytes: int
+    criu_version: str
+
+
+def error_from_log(action: str, log: Path) -> CriuError:
+    """Turn CRIU's log into an error that says why.
+
+    Args:
+        action: "dump" or "restore".
+        log: the file that CRIU wrote at verbosity 1 or more; a missing file is an empty log.
+    """
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found = [(where, what) for where, what in _ERROR.findall(text) if not _NOISE.search(what)]
+    # The first error is the cause; those after it are CRIU undoing its work.
+    where, what = found[0] if found else ("no error in its log", "CRIU ended without saying why")
+    hint = next((h for pattern, h in _HINTS if any(pattern.search(said) for _, said in found)), None)
+    return CriuError(f"{action}: {what} ({where}; log: {log})", log=log, hint=hint)
+
+
+class Criu:
+    """The CRIU that is installed here, *program* by name or path."""
+
+    def __init__(self, program: str = "criu", helper: Path = HELPER) -> None:
+        self._program = program
+        self._helper = helper
+
+    def version(self) -> str:
+        """Return the version as CRIU prints it, such as "4.2.1".
+
+        Raises:
+            CriuError: there is no CRIU, or it is older than 4.1, the oldest that is supported.
+        """
+        try:
+            text = subprocess.run(
+                [self._program, "--version"],
+                env=clean_environment(),
+                capture_output=True,
+                text=True,
+                timeout=10,
+            ).stdout
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CriuError(
+                f"{self._program} --version: {error}", log=Path(os.devnull), hint="install criu 4.2 or later"
+            ) from None
+        match = re.search(r"^Version:\s*(\d+)\.(\d+)(\S*)", text, re.M)
+        if match is None:
+            raise CriuError(f"{self._program} --version says {text!r}", log=Path(os.devnull))
+        version = f"{match[1]}.{match[2]}{match[3]}"
+        if (int(match[1]), int(match[2])) < _SUPPORTED:
+            raise CriuError(f"criu {version} is too old", log=Path(os.devnull), hint="install criu 4.2 or later")
+        return version
+
+    def check(self) -> None:
+        """Ask CRIU whether it works on this kernel. Raises CriuError with its own words if not."""
+        result = subprocess.run(
+            [self._program, "check"], env=clean_environment(), capture_output=True, text=True, timeout=60
+        )
+        if result.returncode != 0:
+            said = [line for line in result.stderr.splitlines() if "Error" in line] or ["no reason given"]
+            raise CriuError(f"criu check: {said[0].strip()}", log=Path(os.devnull))
+
+    def dump(
+        self,
+        capsule: Capsule,
+        images: Path,
+        on_frozen: Callable[[], None],
+        *,
+        tcp: str = "established",
+        external: Sequence[str] = (),
+        lock_fd: int | None = None,
+    ) -> DumpResult:
+        """Write images of the tree in *capsule* into the directory *images*, and let it run on.
+
+        CRIU is waited for however long it takes: to kill it could kill the job.
+
+        Args:
+            images: an empty directory, which the capsule sees at the same path.
+            on_frozen: called when all memory has been written and the job still stands still; an exception
+                out of it makes the dump fail, the job runs on, and the exception is raised again here.
+            tcp: "established" keeps TCP connections (those within the job), "close" drops them.
+            external: values for CRIU's --external.
+            lock_fd: a descriptor that CRIU keeps open, so that a lock on it outlives this process.
+
+        Raises:
+            CriuError: there is no image; the job is unharmed.
+        """
+        log = images / "dump.log"
+        path = images / "notify.sock"
+        command = [self._program, "dump", "--tree", str(capsule.job_pid), "--images-dir", os.fspath(images)]
+        command += ["--log-file", log.name, "-v2", "--leave-running", *_common_options(tcp)]
+        command += ["--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
+        command += ["--action-script", os.fspath(self._helper)]
+        command += [word for value in external for word in ("--external", value)]
+        failure: list[BaseException] = []
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(_short(images, path.name))
+            listener.listen(1)
+            process = subprocess.Popen(
+                enter_command(capsule, command, self._helper),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=clean_environment(OUTLAST_NOTIFY=os.fspath(path)),
+                start_new_session=True,
+                pass_fds=() if lock_fd is None else (lock_fd,),
+            )
+            pidfd = os.pidfd_open(process.pid)
+            try:
+                _serve_notifications(listener, pidfd, on_frozen, failure)
+            finally:
+                os.close(pidfd)
+                code = process.wait()
+        path.unlink(missing_ok=True)
+        if failure:
+            raise failure[0]
+        if code != 0:
+            raise error_from_log("dump", log)
+        try:
+            pause = statistics(images)["frozen_time"] / 1e6
+        except ImageError as error:
+            raise CriuError(f"dump: {error}", log=log, hint=error.hint) from None
+        size = sum(file.stat().st_size for file in images.iterdir())
+        return DumpResult(pause, size, self.version())
+
+    def restore(
+        self,
+        context: Context,
+        images: Path,
+        state: Path,
+        *,
+        uid: int,
+        dumped_by: str,
+        tcp: str = "established",
+        inherit: Sequence[tuple[int, str]] = (),
+    ) -> Capsule:
+        """Bring the tree in *images* back to life in a capsule of its own, in the place of *context*.
+
+        Args:
+            uid: the job's owner; images of anybody else's processes are refused.
+            dumped_by: CRIU's version that wrote the images.
+            inherit: which of the standard descriptors (0, 1, 2) of *context* take the place of which open file
+                of the tree, in CRIU's words, such as (1, "pipe:[4711]").
+
+        Raises:
+            CriuError: it did not work; nothing is left running. CapsuleError likewise, before CRIU ran.
+        """
+        log = images / "restore.log"
+        mine = self.version()
+        if _release(mine) < _release(dumped_by):
+            raise CriuError(
+                f"restore: the images were written by criu {dumped_by}, this node has {mine}",
+                log=log,
+                hint=f"install criu {dumped_by} or later on this node",
+            )
+        try:
+            require_owner(images, uid)
+            last_pid = highest_pid(images)
+        except ImageError as error:
+            raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
+        command = [self._program, "restore", "--images-dir", os.fspath(images), "--log-file", log.name, "-v2"]
+        command += ["--restore-detached", "--pidfile", os.fspath(state / "restored.pid"), *_common_options(tcp)]
+        for fd, what in inherit:
+            command += ["--inherit-fd", f"fd[{INHERITED_STDIO + fd}]:{what}"]
+        # Far from the tree's own, and from what those of its processes that are gone were called.
+        try:
+            return restore_capsule(context, command, state, last_pid=last_pid + 10000, helper=self._helper)
+        except CapsuleError as error:
+            if log.exists():
+                raise error_from_log("restore", log) from error
+            raise
+
+
+def _common_options(tcp: str) -> list[str]:
+    return [
+        "--no-default-config",
+        "--manage-cgroups=ignore",
+        "--network-lock=nftables",
+        "--file-locks",
+        "--ext-unix-sk",
+        f"--tcp-{tcp}",
+    ]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def _short(directory: Path, name: str) -> str:
+    """Return a path to *name* that fits into a unix socket's address, however deep *directory* is."""
+    direct = os.fspath(directory / name)
+    if len(direct) < 100:
+        return direct
+    raise CriuError(f"{direct}: too long a path for a socket", log=Path(os.devnull), hint="choose a shorter spool")
+
+
+def _serve_notifications(
+    listener: socket.socket, pidfd: int, on_frozen: Callable[[], None], failure: list[BaseException]
+) -> None:
+    """Answer the action script until the process of *pidfd* has ended."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(pidfd, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if listener.fileno() in ready:
+            connection, _ = listener.accept()
+            with connection:
+                try:
+                    on_frozen()
+                    verdict = b"1"
+                except Exception as error:  # noqa: BLE001 - raised again when CRIU has let the job go
+                    failure.append(error)
+                    verdict = b"0"
+                with contextlib.suppress(OSError):
+                    connection.sendall(verdict)
+        elif pidfd in ready:
+            return

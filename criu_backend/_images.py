@@ -1,0 +1,89 @@
+"""Reading CRIU's images, through the pycriu that comes with CRIU. Nothing else imports pycriu.
+
+CRIU changes its formats: fields of the page map moved in 4.2, and an older pycriu then reads zeros without
+an error. So a pycriu whose version is not the images' is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+class ImageError(Exception):
+    """Images cannot be read, or hold what must not be restored; *hint* is what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def pycriu_version() -> str | None:
+    """Return the version of the pycriu that is installed, None where there is none."""
+    try:
+        import pycriu
+    except ImportError:
+        return None
+    return str(pycriu.__version__)
+
+
+def entries(image: Path) -> list[dict[str, Any]]:
+    """Return the entries of one image file as dictionaries of CRIU's own field names.
+
+    Raises:
+        ImageError: there is no pycriu, or the file is no image.
+    """
+    try:
+        import pycriu
+    except ImportError:
+        raise ImageError(
+            "the Python package pycriu is missing",
+            hint="install the one that comes with CRIU (Debian: python3-pycriu), of CRIU's own version",
+        ) from None
+    try:
+        with image.open("rb") as file:
+            loaded: list[dict[str, Any]] = pycriu.images.load(file)["entries"]
+    except Exception as error:
+        # pycriu has no error class of its own for a file that is not what it should be.
+        raise ImageError(f"{image.name}: not a CRIU image: {error}") from error
+    return loaded
+
+
+def statistics(images: Path) -> dict[str, Any]:
+    """Return what CRIU measured of the dump in *images*: times in microseconds (frozen_time), pages."""
+    measured: dict[str, Any] = entries(images / "stats-dump")[0]["dump"]
+    return measured
+
+
+def highest_pid(images: Path) -> int:
+    """Return the highest number that a process, thread, session or group of the tree in *images* has."""
+    found = [int(match[1]) for path in images.glob("core-*.img") if (match := re.search(r"(\d+)", path.name))]
+    for process in entries(images / "pstree.img"):
+        found += [process["pid"], process["pgid"], process["sid"], *process["threads"]]
+    return max(found)
+
+
+def require_owner(images: Path, uid: int) -> None:
+    """Make sure that every task in *images* is user *uid*'s and holds no more rights than a user has.
+
+    CRIU restores as root whatever credentials an image names; so they are looked at first. A job of root
+    may hold anything.
+
+    Raises:
+        ImageError: a task is somebody else's, or holds capabilities.
+    """
+    if uid == 0:
+        return
+    for path in sorted(images.glob("core-*.img")):
+        creds = entries(path)[0].get("thread_core", {}).get("creds")
+        if creds is None:
+            raise ImageError(f"{path.name}: holds no credentials")
+        ids = {creds[name] for name in ("uid", "euid", "suid", "fsuid")}
+        capabilities = [word for name in ("cap_prm", "cap_eff", "cap_inh") for word in creds.get(name, ())]
+        if ids != {uid} or any(capabilities):
+            raise ImageError(
+                f"{path.name}: a task of user {', '.join(map(str, sorted(ids)))} "
+                f"{'with capabilities ' if any(capabilities) else ''}in a checkpoint of user {uid}",
+                hint="set-user-ID programs inside a job cannot be checkpointed",
+            )

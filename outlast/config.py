@@ -1,0 +1,149 @@
+"""Site configuration: one TOML file, read once, checked whole before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from outlast.errors import ConfigError, OutlastError
+from outlast.model import parse_interval
+
+DEFAULT_PATH = Path("/etc/outlast/outlast.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """The [store] table: where checkpoints go.
+
+    *url* is `sftp://USER@HOST[:PORT]/DIR` (DIR as the server shows it) or `file:///DIR`.
+    """
+
+    url: str = ""
+    identity: Path = Path("/etc/outlast/store.key")
+    known_hosts: Path = Path("/etc/outlast/known_hosts")
+    timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The [checkpoint] table. Times in the file are texts such as "10m"; here they are seconds."""
+
+    keep: int = 2  # newest checkpoints of a job that are kept in the store
+    criu: str = "criu"
+    tcp: str = "established"
+    spool: Path = Path("/run/outlast/jobs")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= 1000:
+            raise ValueError(f"keep = {self.keep}: must be 1 to 1000")
+        if self.tcp not in ("established", "close"):
+            raise ValueError(f'tcp = "{self.tcp}": must be "established" or "close"')
+
+
+@dataclasses.dataclass(frozen=True)
+class RestartConfig:
+    """The [restart] table."""
+
+    store_wait: int = 3600  # seconds that a requeued job waits for a store that does not answer
+    start_wait: int = 5  # seconds that a new job's start waits for the store
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseConfig:
+    """The [lease] table, in seconds: how soon a silent node is noticed."""
+
+    renew: float = 1.0
+    ttl: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.renew <= self.ttl / 2:
+            raise ValueError(f"renew = {self.renew:g}: must be 0.1 or more, and at most half of ttl")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatcherConfig:
+    """The [watcher] table."""
+
+    cycle: float = 1.0  # seconds between two looks
+    mark_down: bool = True  # tell the scheduler at once that a node is dead
+    exclude: int = 300  # seconds for which a job is kept away from the node that it was lost on
+    socket: Path = Path("/run/outlast/watcher.sock")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole file; every key has a default but `store.url`."""
+
+    cluster: str = dataclasses.field(default_factory=lambda: socket.gethostname().split(".")[0])
+    store: StoreConfig = StoreConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    restart: RestartConfig = RestartConfig()
+    lease: LeaseConfig = LeaseConfig()
+    watcher: WatcherConfig = WatcherConfig()
+
+
+def read_config(path: Path = DEFAULT_PATH) -> Config:
+    """Read *path* and check every key of it.
+
+    Raises:
+        ConfigError: the file cannot be read or is no TOML, a key is unknown, or a value is of the wrong
+            kind or out of range. The message names the file, the table, the key and what is allowed.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", hint="write one: docs/install.md shows the five lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", hint="the file is TOML: key = value, in tables such as [store]") from None
+    return typing.cast(Config, _build(Config, table, path, ""))
+
+
+def _build(cls: type[Any], table: dict[str, Any], path: Path, where: str) -> object:
+    """Make a *cls* of *table*, which stands in *path* under *where* ("" or "[store] ")."""
+    kinds = typing.get_type_hints(cls)
+    if unknown := sorted(set(table) - set(kinds)):
+        raise ConfigError(
+            f"{path}: {where}{unknown[0]}: no such key", hint=f"the keys are {', '.join(sorted(kinds))}"
+        )
+    values = {}
+    for key, value in table.items():
+        kind = kinds[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {key}: must be a table", hint=f"write [{key}] and its keys below it")
+            values[key] = _build(typing.cast(type[Any], kind), value, path, f"[{key}] ")
+        else:
+            values[key] = _value(kind, value, f"{path}: {where}{key}")
+    try:
+        return cls(**values)
+    except OutlastError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {where}{error}") from None
+
+
+def _value(kind: type | types.UnionType, value: object, where: str) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            return parse_interval(value)
+        except OutlastError as error:
+            raise ConfigError(f"{where}: {error}", hint=error.hint) from None
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    raise ConfigError(f"{where} = {value!r}: must be {words.get(typing.cast(type, kind), str(kind))}")

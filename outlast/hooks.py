@@ -1,0 +1,118 @@
+"""What a scheduler's hooks ask for, each one bounded step: start a manager, tell it or the watcher of an end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from outlast import control
+from outlast.config import Config, read_config
+from outlast.errors import ConfigError, OutlastError, UsageError
+
+_RUNTIME = Path("/run/outlast/jobs")
+_LOGS = Path("/var/log/outlast/jobs")
+_SHIM = Path("/usr/libexec/outlast/outlast-shim")
+_READY_SECONDS = 10.0
+_TELL_SECONDS = 5.0
+
+# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up.
+_SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || exit 1; sleep 1; done'
+
+
+def start_manager(job_id: str, options: Sequence[str]) -> Path:
+    """Start the manager of *job_id*, detached from everything of the caller's; return its directory.
+
+    Until it answers there, the file `DIRECTORY.starting` tells the shim to wait for it.
+    """
+    _RUNTIME.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _LOGS.mkdir(mode=0o755, parents=True, exist_ok=True)
+    directory = _RUNTIME / job_id
+    directory.with_name(job_id + ".starting").touch()
+    command = [sys.executable, "-P", "-m", "outlast.cli", *options]
+    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    with (_LOGS / f"{job_id}.log").open("ab") as log:
+        subprocess.Popen(
+            ["/bin/sh", "-c", _SUPERVISE, "outlast-manager", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+    return directory
+
+
+def _prolog(config: Path) -> None:
+    """Start the manager of the job that Slurm is about to start on this node."""
+    job_id, uid = _variable("SLURM_JOB_ID"), _variable("SLURM_JOB_UID")
+    if os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        return  # the plugin leaves these jobs alone, and tells them so
+    read_config(config)
+    start_manager(job_id, ["--config", str(config), "manager", "--job", job_id, "--uid", str(int(uid))])
+
+
+def _epilog(_config: Path) -> None:
+    """Tell the job's manager that Slurm has ended the job on this node."""
+    path = _RUNTIME / _variable("SLURM_JOB_ID") / "manager.sock"
+    if path.exists():
+        control.call(path, {"op": "job-ended"}, timeout=_TELL_SECONDS)
+
+
+def _ended(config: Path) -> None:
+    """Tell the watcher that a job has ended, as EpilogSlurmctld was told."""
+    try:
+        path = read_config(config).watcher.socket
+    except ConfigError:
+        path = Config().watcher.socket
+    names = ("JOB_ID", "JOB_EXIT_CODE", "JOB_EXIT_CODE2", "JOB_RESTART_COUNT", "JOB_NODELIST", "JOB_UID")
+    facts = {name.lower(): os.environ[f"SLURM_{name}"] for name in names if f"SLURM_{name}" in os.environ}
+    control.call(path, {"op": "ended", **facts}, timeout=_TELL_SECONDS)
+
+
+HOOKS: Mapping[str, Callable[[Path], None]] = {"prolog": _prolog, "epilog": _epilog, "ended": _ended}
+
+
+def run_standalone(
+    config: Path, store_url: str, name: str, interval: str, command: Sequence[str], *, first: bool
+) -> None:
+    """Start the manager of a job without a scheduler, and become the job's shim. Does not return.
+
+    Raises:
+        UsageError: a job of that name is running.
+        OutlastError: the manager did not come up.
+    """
+    path = _RUNTIME / name / "manager.sock"
+    if _answers(path):
+        raise UsageError(f"run: a job named {name} is running on this machine", hint="choose another --name")
+    options = ["--config", str(config), "manager", "--store", store_url, "--job", name, "--standalone"]
+    directory = start_manager(name, [*options, "--first"] if first else options)
+    deadline = time.monotonic() + _READY_SECONDS
+    while not (directory / "shim.sock").exists():
+        if time.monotonic() > deadline:
+            raise OutlastError("run: the manager did not start", hint=f"its log is {_LOGS / name}.log")
+        time.sleep(0.02)
+    shim = [str(_SHIM), "--interval", interval, "--manager", str(directory), "--", *command]
+    os.execv(shim[0], shim)  # noqa: S606
+
+
+def _answers(path: Path) -> bool:
+    try:
+        control.call(path, {"op": "status"}, timeout=_TELL_SECONDS)
+    except control.RemoteError:
+        return True
+    except OutlastError:
+        return False
+    return True
+
+
+def _variable(name: str) -> str:
+    try:
+        return os.environ[name]
+    except KeyError:
+        raise UsageError(f"${name} is not set", hint="this is started by the scheduler's hooks") from None
+

@@ -1,0 +1,184 @@
+"""Checkpoints of a running job: dump, ship, and once more, for as long as it runs."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from criu_backend import CapsuleError, Criu, CriuError
+from outlast.config import Config
+from outlast.errors import OutlastError, StoreUnavailable
+from outlast.manager._events import EventLog
+from outlast.manager._files import open_for_writing
+from outlast.manager._launch import Launcher, Run, keep_log
+from outlast.model import Checkpoint, CheckpointId
+from outlast.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 1.0
+_LONGEST_RETRY_SECONDS = 30.0
+
+
+class Checkpointer:
+    """Takes a job's checkpoints in a thread of its own, every interval and when asked.
+
+    A checkpoint that fails, for whatever reason, is an event; the job runs on, and the next is tried in
+    its turn.
+    """
+
+    def __init__(self, config: Config, run: Run, criu: Criu, launcher: Launcher, events: EventLog) -> None:
+        self._config = config
+        self._run = run
+        self._criu = criu
+        self._launcher = launcher
+        self._events = events
+        self._wake = threading.Condition()
+        self._asked = 0
+        self._done = 0
+        self._ended = False
+        self.newest: Checkpoint | None = None
+        self.last_error: str | None = None
+        self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the first checkpoint is due one interval from now."""
+        self._thread.start()
+
+    def ask(self) -> None:
+        """Have a checkpoint taken as soon as the one under way, if any, is done."""
+        with self._wake:
+            self._asked += 1
+            self._wake.notify_all()
+
+    def finish(self) -> None:
+        """The job has ended: stop when what is under way is done."""
+        with self._wake:
+            self._ended = True
+            self._wake.notify_all()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread to have stopped, at most *seconds*; return whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _loop(self) -> None:
+        interval = self._run.interval
+        due = time.monotonic() + interval
+        lock = os.open(self._run.directory / "criu.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with open_store(self._config.store) as store:
+                while self._pause(due):
+                    self._checkpoint(store, lock, due + interval)
+                    due = max(due + interval, time.monotonic())
+        finally:
+            os.close(lock)
+
+    def _pause(self, until: float) -> bool:
+        """Wait until *until* or until asked; return False when the job has ended."""
+        with self._wake:
+            while not self._ended and self._asked == self._done and (left := until - time.monotonic()) > 0:
+                self._wake.wait(left)
+            self._done = self._asked
+            return not self._ended
+
+    def _checkpoint(self, store: Store, lock: int, overtaken: float) -> None:
+        self._run.seq += 1
+        self._run.save()
+        id_ = CheckpointId(self._run.epoch, self._run.seq)
+        name = id_.name(self._run.job.job_id)
+        images = self._run.directory / "spool" / f"{id_.epoch}.{id_.seq}"
+        try:
+            images.mkdir(mode=0o700, parents=True)
+            meta = self._dump(images, lock)
+            begin = time.monotonic()
+            checkpoint = self._ship(store, id_, images, meta, overtaken)
+        except (OutlastError, CriuError, CapsuleError, OSError) as error:
+            # A job that ends while it is dumped is no failure of the dump.
+            if self._run.capsule is not None and self._run.capsule.alive:
+                self.last_error = str(error)
+                hint = getattr(error, "hint", None)
+                self._events.add("checkpoint-failed", f"{name}: {error}", checkpoint=name, hint=hint)
+        else:
+            self.newest = checkpoint
+            self.last_error = None
+            self._events.add(
+                "checkpoint",
+                f"{name}: paused {meta['pause_ms']:.1f} ms, {checkpoint.image_bytes} bytes, "
+                f"{checkpoint.stored_bytes} shipped",
+                checkpoint=name,
+                pause_ms=meta["pause_ms"],
+                image_bytes=checkpoint.image_bytes,
+                stored_bytes=checkpoint.stored_bytes,
+                ship_s=round(time.monotonic() - begin, 3),
+            )
+        finally:
+            shutil.rmtree(images, ignore_errors=True)
+
+    def _dump(self, images: Path, lock: int) -> dict[str, Any]:
+        run = self._run
+        capsule = run.capsule
+        assert capsule is not None  # noqa: S101 - there is no checkpointer without a job
+        files: list[dict[str, Any]] = []
+        self._events.add("dump", f"checkpoint {run.epoch}.{run.seq} begins")
+        try:
+            result = self._criu.dump(
+                capsule,
+                images,
+                lambda: files.extend(open_for_writing(capsule.tasks())),
+                tcp=self._config.checkpoint.tcp,
+                external=[entry["external"] for entry in run.passed if "external" in entry],
+                lock_fd=lock,
+            )
+        finally:
+            keep_log(images / "dump.log", run)
+            (images / "dump.log").unlink(missing_ok=True)
+        return {
+            "node": run.node,
+            "epoch": run.epoch,
+            "seq": run.seq,
+            "time": time.time(),
+            "uid": run.uid,
+            "argv": run.argv,
+            "pause_ms": round(result.pause * 1000, 3),
+            "criu": result.criu_version,
+            "kernel": os.uname().release,
+            "machine": os.uname().machine,
+            "files": files,
+            "passed": run.passed,
+        }
+
+    def _ship(
+        self, store: Store, id_: CheckpointId, images: Path, meta: dict[str, Any], overtaken: float
+    ) -> Checkpoint:
+        """Publish the checkpoint; while the store does not answer try again until the next one is due."""
+        wait = _FIRST_RETRY_SECONDS
+        told = False
+        while True:
+            try:
+                self._launcher.settle(self._run.job, store)
+                checkpoint = store.publish(self._run.job, id_, images, meta)
+                break
+            except StoreUnavailable as error:
+                if not told:
+                    told = True
+                    self._events.add("store-unreachable", f"checkpoint {id_.epoch}.{id_.seq} waits: {error}")
+                with self._wake:
+                    if not self._ended:
+                        self._wake.wait(wait)
+                    if self._ended or time.monotonic() > overtaken:
+                        raise
+                wait = min(2 * wait, _LONGEST_RETRY_SECONDS)
+        try:
+            store.forget(self._run.job, self._config.checkpoint.keep)
+        except OutlastError as error:
+            log.warning("old checkpoints stay for now: %s", error)
+        return checkpoint

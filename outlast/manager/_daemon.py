@@ -1,0 +1,356 @@
+"""The manager's process: its sockets, its threads, its end.
+
+Beside the main thread, which waits for the end, there are: one that answers the control socket, one that
+takes the shim's hello and launches the job, one that renews the lease and looks into the mailbox, one that
+waits for the capsule's end, and the checkpointer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from criu_backend import Capsule, CapsuleError, Criu, CriuError
+from outlast import control
+from outlast.config import Config
+from outlast.control import Peer
+from outlast.errors import LeaseLost, OutlastError, UsageError
+from outlast.manager._checkpoints import Checkpointer
+from outlast.manager._events import EventLog
+from outlast.manager._launch import Launcher, Run, first_epoch_of
+from outlast.manager._shim import Shim, ShimGone
+from outlast.model import JobKey, Lease, parse_interval
+from outlast.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+RUNTIME = Path("/run/outlast/jobs")
+
+# How long a manager whose job has ended waits for the scheduler to say so too.
+_GRACE_SECONDS = 30.0
+# How long the upload of a failed job's last checkpoint may go on after it.
+_LAST_UPLOAD_SECONDS = 600.0
+# How long a restart waits for the last upload of the run before it, on the same node.
+_PREDECESSOR_SECONDS = 120.0
+_POLL_SECONDS = 0.5
+
+
+class Manager:
+    """The manager of one job on this node."""
+
+    def __init__(
+        self,
+        config: Config,
+        job_id: str,
+        *,
+        uid: int | None,
+        runtime: Path = RUNTIME,
+        standalone: bool = False,
+        first: bool = False,
+    ) -> None:
+        """Prepare; `run` does the work.
+
+        Args:
+            runtime: below it, under the job's id, are the sockets and the spool, for as long as this runs.
+            uid: the job's owner as the scheduler told root; None takes the first shim's.
+            standalone: no scheduler counts the job's runs, and none tells that it has ended.
+            first: with *standalone*, this is known to be the job's first run.
+        """
+        self._config = config
+        self._job = JobKey(config.cluster, job_id)
+        self._link = runtime / job_id
+        self._directory = self._link
+        self._predecessor: Path | None = None
+        self._uid = uid
+        self._standalone = standalone
+        self._first = first
+        self._node = socket.gethostname().split(".")[0]
+        self._criu = Criu(config.checkpoint.criu)
+        self._events = EventLog(self._job, self._node)
+        self._launcher = Launcher(config, self._criu, self._events)
+        self._run: Run | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._launching = threading.Lock()
+        self._job_over = threading.Event()  # the scheduler says that the job has ended on this node
+        self._finished = threading.Event()  # nothing is left to do for it
+        self._leased = threading.Event()
+
+    def run(self) -> None:
+        """Serve the job until it has ended and all that belongs to it has been stored."""
+        directory = self._settle_in()
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shim_listener = control.listen(directory / "shim.sock")
+            control_listener = control.listen(directory / "manager.sock")
+            self._point_link_at(directory)
+            threading.Thread(target=self._serve_shims, args=(shim_listener,), daemon=True).start()
+            threading.Thread(target=control.serve, args=(control_listener, self._handle), daemon=True).start()
+            heartbeat = threading.Thread(target=self._heartbeat, daemon=True)
+            heartbeat.start()
+            if self._run is not None:
+                self._adopt(self._run)
+            while not self._finished.wait(_POLL_SECONDS):
+                if self._job_over.is_set() and self._run is None and not self._launching.locked():
+                    break
+            self._finished.set()
+            heartbeat.join(self._config.store.timeout)
+            with contextlib.suppress(OSError):
+                if self._link.resolve() == directory:
+                    self._link.unlink()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _settle_in(self) -> Path:
+        """Make this manager's directory, or take that of one that died and left the job running.
+
+        The job's name is a symbolic link to the directory of its newest manager: that of an earlier run of
+        the job on this node may still be shipping.
+        """
+        old = self._link.resolve()
+        if old.is_dir() and old != self._link:
+            with (old / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._predecessor = old / "lock"
+                else:
+                    run = Run.load(self._job, self._node, old)
+                    if run is not None and run.capsule is not None and run.capsule.alive:
+                        self._run = run
+                        return old
+                    shutil.rmtree(old, ignore_errors=True)
+        directory = self._link.with_name(f"{self._link.name}.{os.getpid()}")
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o755, parents=True)
+        (directory / "spool").mkdir(mode=0o700)
+        return directory
+
+    def _point_link_at(self, directory: Path) -> None:
+        self._directory = directory
+        fresh = self._link.with_name(f"{directory.name}.link")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(directory.name)
+        fresh.replace(self._link)
+        # Whoever started this manager left it for the shim, to be waited for.
+        self._link.with_name(self._link.name + ".starting").unlink(missing_ok=True)
+
+    def _await_predecessor(self, shim: Shim) -> None:
+        """Wait for the manager of the run before this one, which may be shipping the newest checkpoint."""
+        if self._predecessor is None or not self._predecessor.exists():
+            return
+        deadline = time.monotonic() + _PREDECESSOR_SECONDS
+        with self._predecessor.open("w") as lock:
+            while time.monotonic() < deadline and not shim.gone:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.1)
+                else:
+                    return
+
+    # --- the job -----------------------------------------------------------------------------------------
+
+    def _serve_shims(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve_shim, args=(connection,), daemon=True).start()
+
+    def _serve_shim(self, connection: socket.socket) -> None:
+        try:
+            shim = Shim(connection)
+        except OutlastError as error:
+            log.warning("%s", error)
+            return
+        with contextlib.closing(shim), self._launching:
+            if self._run is not None or self._finished.is_set():
+                shim.run_without("the job has its capsule already; this command")
+                return
+            try:
+                self._launch(shim)
+            except ShimGone as error:
+                self._events.add("cancelled", str(error))
+                self._end(None)
+            except OutlastError as error:
+                self._events.add("not-started", str(error))
+                shim.exit(error.exit_code, f"{error}; {error.hint}" if error.hint else str(error))
+                self._end(None)
+            except (CapsuleError, CriuError, OSError) as error:
+                self._events.add("no-capsule", str(error))
+                shim.run_without(f"no capsule: {error}")
+                self._end(None)
+            except Exception as error:
+                log.exception("launching the job failed")
+                self._events.add("no-capsule", f"internal fault: {error!r}")
+                shim.run_without(f"internal fault: {error!r}")
+                self._end(None)
+
+    def _launch(self, shim: Shim) -> None:
+        if self._uid is not None and shim.peer.uid != self._uid:
+            raise UsageError(f"the job is of user {self._uid}, not of user {shim.peer.uid}")
+        interval = parse_interval(shim.interval)
+        self._criu.version()
+        epoch = int(shim.environment.get("SLURM_RESTART_COUNT", "0"))
+        if self._standalone and not self._first:
+            with open_store(self._config.store) as store:
+                epoch = first_epoch_of(store, self._job)
+        self._await_predecessor(shim)
+        self._events.epoch = epoch
+        run = Run(
+            self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory
+        )
+        self._run = run
+        self._leased.set()
+        run.capsule = self._launcher.launch(run, shim)
+        run.save()
+        shim.started()
+        self._take_over(run)
+
+    def _take_over(self, run: Run) -> None:
+        """Checkpoint the running job from now on, and see to its end."""
+        self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events)
+        self._checkpointer.start()
+        threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
+
+    def _await_end(self, run: Run) -> None:
+        assert run.capsule is not None  # noqa: S101
+        while not run.capsule.wait(3600):
+            pass
+        try:
+            status = os.waitstatus_to_exitcode(int((run.directory / "exit").read_text()))
+        except FileNotFoundError:
+            status = None
+        self._end(status)
+
+    def _end(self, status: int | None) -> None:
+        """The job has ended: with exit code *status*, by signal -*status*, or (None) killed with its capsule."""
+        checkpointer = self._checkpointer
+        if status is None:
+            self._events.add("killed", "the job was ended with its capsule")
+        else:
+            how = f"by signal {-status}" if status < 0 else f"with exit code {status}"
+            self._events.add("ended", f"the job ended {how}", status=status)
+        if checkpointer is not None:
+            checkpointer.finish()
+            # The work is done, and its last checkpoint of no more use; another end may be followed by a restart.
+            if status != 0:
+                checkpointer.join(_LAST_UPLOAD_SECONDS)
+        self._leased.clear()
+        self._store_end(status)
+        if not self._standalone:
+            self._job_over.wait(_GRACE_SECONDS)
+        self._finished.set()
+
+    def _store_end(self, status: int | None) -> None:
+        run = self._run
+        try:
+            with open_store(self._config.store) as store:
+                if run is not None:
+                    if status is not None:
+                        self._launcher.settle(self._job, store)
+                        store.put_record(
+                            self._job, "ended", {"status": status, "epoch": run.epoch, "time": time.time()}
+                        )
+                    if status == 0:
+                        store.forget(self._job, 1)
+                    store.drop_lease(self._lease(run))
+                self._events.flush(store)
+        except OutlastError as error:
+            log.warning("the job's end is not in the store: %s", error)
+
+    # --- lease, mailbox, event log -----------------------------------------------------------------------
+
+    def _lease(self, run: Run) -> Lease:
+        return Lease(self._job, run.epoch, self._node, run.uid)
+
+    def _heartbeat(self) -> None:
+        """Renew the lease, do what the mailbox asks for, ship events: for as long as the job runs."""
+        fault = ""
+        with open_store(self._config.store) as store:
+            while not self._finished.wait(self._config.lease.renew):
+                if not self._leased.is_set() or self._run is None:
+                    continue
+                try:
+                    self._beat(store, self._run)
+                except LeaseLost as error:
+                    self._fence(error)
+                except OutlastError as error:
+                    # A fault lasts for many beats: it is told when it begins and when it changes.
+                    if str(error) != fault:
+                        log.warning("no heartbeat: %s", error)
+                    fault = str(error)
+                else:
+                    fault = ""
+
+    def _beat(self, store: Store, run: Run) -> None:
+        store.renew_lease(self._lease(run))
+        if not self._launcher.settled or run.capsule is None:
+            return
+        for request in store.take_requests(self._job):
+            if request.get("op") == "checkpoint" and self._checkpointer is not None:
+                self._events.add("asked", f"user {request.get('uid')} asked for a checkpoint")
+                self._checkpointer.ask()
+        self._events.flush(store)
+
+    def _fence(self, error: LeaseLost) -> None:
+        """End this copy of the job: another, of a later run, goes on elsewhere."""
+        self._leased.clear()
+        self._events.add("fenced", f"this copy of the job is ended: {error}")
+        if self._run is not None and self._run.capsule is not None:
+            self._run.capsule.kill()
+
+    # --- the control socket ------------------------------------------------------------------------------
+
+    def _handle(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        operation = request.get("op")
+        owner = self._uid if self._uid is not None else self._run.uid if self._run is not None else 0
+        if peer.uid not in (0, owner):
+            raise UsageError(f"job {self._job.job_id}: no such job of yours")
+        if operation == "status":
+            return self._status()
+        if operation == "checkpoint":
+            if self._checkpointer is None:
+                raise UsageError(f"job {self._job.job_id} does not run on this node")
+            self._events.add("asked", f"user {peer.uid} asked for a checkpoint")
+            self._checkpointer.ask()
+            return {}
+        if operation == "job-ended" and peer.uid == 0:
+            self._job_over.set()
+            return {}
+        raise UsageError(f"{operation!r}: no such request")
+
+    def _status(self) -> dict[str, Any]:
+        run, checkpointer = self._run, self._checkpointer
+        newest = checkpointer.newest if checkpointer is not None else None
+        return {
+            "job_id": self._job.job_id,
+            "node": self._node,
+            "epoch": run.epoch if run is not None else None,
+            "running": run is not None and run.capsule is not None and run.capsule.alive,
+            "newest": newest.id.name(self._job.job_id) if newest is not None else None,
+            "last_error": checkpointer.last_error if checkpointer is not None else None,
+        }
+
+    # --- a manager that died and was started again -------------------------------------------------------
+
+    def _adopt(self, run: Run) -> None:
+        """Take over the running job of a manager that died."""
+        self._events.epoch = run.epoch
+        self._events.add("manager-restarted", "the job's manager was started again, and takes over")
+        with (run.directory / "criu.lock").open("a") as file:
+            # A dump that the old manager began goes on without it, and must be over before the next.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for images in (run.directory / "spool").iterdir():
+            shutil.rmtree(images, ignore_errors=True)
+        self._leased.set()
+        self._take_over(run)

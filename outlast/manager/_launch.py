@@ -1,0 +1,269 @@
+"""Starting a job, or bringing it back: what happens between a shim's hello and a running job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
+from outlast.config import Config
+from outlast.errors import OutlastError, RestoreFailed, StoreUnavailable
+from outlast.manager._events import EventLog
+from outlast.manager._files import passed_through, standard_files
+from outlast.manager._shim import Shim, ShimGone
+from outlast.model import Checkpoint, JobKey
+from outlast.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 2.0
+
+
+@dataclass
+class Run:
+    """One run of a job on this node: what it was started with, and its capsule."""
+
+    job: JobKey
+    epoch: int
+    uid: int
+    node: str
+    interval: int  # seconds
+    argv: list[str]
+    directory: Path
+    # Standard descriptors that lead out of the capsule: see passed_through().
+    passed: list[dict[str, Any]] = field(default_factory=list)
+    capsule: Capsule | None = None
+    seq: int = 0  # of the newest checkpoint that was begun
+
+    def save(self) -> None:
+        """Write down what another manager needs to take over, should this one die."""
+        if self.capsule is None:
+            return
+        state = {
+            "epoch": self.epoch,
+            "uid": self.uid,
+            "interval": self.interval,
+            "argv": self.argv,
+            "passed": self.passed,
+            "seq": self.seq,
+            "capsule": [self.capsule.init_pid, self.capsule.init_start, self.capsule.job_pid],
+        }
+        part = self.directory / "state.new"
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(state))
+        part.rename(self.directory / "state.json")
+
+    @classmethod
+    def load(cls, job: JobKey, node: str, directory: Path) -> Run | None:
+        """Return the run that `save` wrote down in *directory*; its capsule may have ended since."""
+        try:
+            state = json.loads((directory / "state.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return cls(
+            job,
+            state["epoch"],
+            state["uid"],
+            node,
+            state["interval"],
+            state["argv"],
+            directory,
+            state["passed"],
+            Capsule(*state["capsule"]),
+            state["seq"],
+        )
+
+
+class Launcher:
+    """Decides whether a job is begun or brought back, and does it."""
+
+    def __init__(self, config: Config, criu: Criu, events: EventLog) -> None:
+        self._config = config
+        self._criu = criu
+        self._events = events
+        # The record of the job's first start, until the store has it: nothing else may be stored before.
+        self._beginning: dict[str, Any] | None = None
+        self._lock = threading.Lock()
+
+    def launch(self, run: Run, shim: Shim) -> Capsule:
+        """Have the job of *run* run in a capsule in the place of *shim*.
+
+        Raises:
+            OutlastError: it does not run, and must not be begun again either; the text says why.
+            CapsuleError: it does not run; nothing speaks against its running without a capsule.
+            ShimGone: the scheduler has ended the job meanwhile.
+        """
+        if run.epoch == 0:
+            return self._begin(run, shim)
+        with open_store(self._config.store) as store:
+            return self._when_store_answers(shim, lambda: self._go_on(run, shim, store))
+
+    @property
+    def settled(self) -> bool:
+        """Whether the store knows of the job's start."""
+        return self._beginning is None
+
+    def settle(self, job: JobKey, store: Store) -> None:
+        """Store the record of the job's start if the store has not got it yet.
+
+        What another job of the same id left there, of a cluster that began to count again, is put aside
+        first. Raises StoreUnavailable or StoreRefused.
+        """
+        with self._lock:
+            if self._beginning is None:
+                return
+            if store.retire(job):
+                self._events.add("retired", "an older job of the same id was put aside in the store")
+            store.put_record(job, "start", self._beginning)
+            self._beginning = None
+
+    def _begin(self, run: Run, shim: Shim) -> Capsule:
+        """Start the job from its beginning, as its first run."""
+        self._beginning = {
+            "uid": run.uid,
+            "argv": run.argv,
+            "interval": run.interval,
+            "node": run.node,
+            "epoch": run.epoch,
+            "time": time.time(),
+            "files": standard_files(shim.stdio),
+        }
+        self._settle_soon(run, shim)
+        return self._start(run, shim)
+
+    def _settle_soon(self, run: Run, shim: Shim) -> None:
+        """Wait a little for the store to know of the start; without it the job starts all the same.
+
+        A job that was lost before its first checkpoint is begun again with its output set back to this
+        start; so the store should know of it before the job's first line.
+        """
+        problem: list[OutlastError] = []
+
+        def settle() -> None:
+            try:
+                with open_store(self._config.store) as store:
+                    self.settle(run.job, store)
+            except OutlastError as error:
+                problem.append(error)
+
+        thread = threading.Thread(target=settle, daemon=True)
+        thread.start()
+        thread.join(self._config.restart.start_wait)
+        if not self.settled:
+            why = str(problem[0]) if problem else "no answer so far"
+            self._events.add("store-unreachable", f"the job starts before its store answers: {why}")
+            shim.say(f"the checkpoint store does not answer ({why}); the job starts, and it is tried again")
+
+    def _start(self, run: Run, shim: Shim) -> Capsule:
+        run.passed = passed_through(shim.stdio)
+        capsule = start_capsule(shim.context, run.argv, shim.environment, run.directory)
+        self._events.add("started", f"{' '.join(run.argv)}", interval=run.interval)
+        return capsule
+
+    def _when_store_answers(self, shim: Shim, act: Callable[[], Capsule]) -> Capsule:
+        """Call *act* until the store answers it, for as long as the configuration allows."""
+        deadline = time.monotonic() + self._config.restart.store_wait
+        told = False
+        while True:
+            try:
+                return act()
+            except StoreUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not told:
+                    told = True
+                    self._events.add("store-unreachable", f"the restart waits for the store: {error}")
+                    shim.say(f"the checkpoint store does not answer ({error}); waiting for it to go on")
+            for _ in range(int(_RETRY_SECONDS / 0.1)):
+                if shim.gone:
+                    raise ShimGone("the job was ended while it waited for its store")
+                time.sleep(0.1)
+
+    def _go_on(self, run: Run, shim: Shim, store: Store) -> Capsule:
+        """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
+        ended = store.get_record(run.job, "ended")
+        if ended is not None and ended.get("status") == 0:
+            # It had done its work; whoever runs it again wants all of it again.
+            return self._begin(run, shim)
+        checkpoints = store.checkpoints(run.job)
+        for checkpoint in checkpoints:
+            try:
+                return self._bring_back(run, shim, store, checkpoint)
+            except (StoreUnavailable, ShimGone):
+                raise
+            except (OutlastError, CriuError, CapsuleError) as error:
+                name = checkpoint.id.name(run.job.job_id)
+                self._events.add("restore-failed", f"{name}: {error}", checkpoint=name)
+        if checkpoints:
+            newest = checkpoints[0].id.name(run.job.job_id)
+            raise RestoreFailed(
+                f"none of the {len(checkpoints)} checkpoints of job {run.job.job_id} could be restored",
+                hint=f"'outlast events {run.job.job_id}' says why; they are kept, the newest is {newest}",
+            )
+        start = store.get_record(run.job, "start")
+        if start is None:
+            # The store answers and has never heard of the job: it did not get as far as its first line.
+            return self._begin(run, shim)
+        shim.set_back(start["files"], run.epoch - 1)
+        capsule = self._start(run, shim)
+        self._events.add("begun-again", "there was no checkpoint yet; the job began again from its start")
+        return capsule
+
+    def _bring_back(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint) -> Capsule:
+        name = checkpoint.id.name(run.job.job_id)
+        images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}"
+        shutil.rmtree(images, ignore_errors=True)
+        begin = time.monotonic()
+        store.fetch(run.job, checkpoint.id, images)
+        fetched = time.monotonic()
+        try:
+            meta = checkpoint.meta
+            shim.set_back(meta["files"], run.epoch - 1)
+            passed = passed_through(shim.stdio)
+            inherit = [(entry["fd"], entry["name"]) for entry in meta["passed"]]
+            capsule = self._criu.restore(
+                shim.context,
+                images,
+                run.directory,
+                uid=run.uid,
+                dumped_by=meta["criu"],
+                tcp=self._config.checkpoint.tcp,
+                inherit=inherit,
+            )
+        finally:
+            keep_log(images / "restore.log", run)
+            shutil.rmtree(images, ignore_errors=True)
+        inherited = {fd for fd, _ in inherit}
+        run.passed = [entry for entry in passed if entry["fd"] in inherited]
+        seconds = time.monotonic() - begin
+        self._events.add(
+            "restored",
+            f"{name}, made on {meta['node']}, runs again after {seconds:.2f} s",
+            checkpoint=name,
+            fetch_s=round(fetched - begin, 3),
+            restore_s=round(seconds - (fetched - begin), 3),
+        )
+        return capsule
+
+
+def keep_log(log_file: Path, run: Run) -> None:
+    """Keep CRIU's newest log of its kind beside the job's sockets, for the operator."""
+    if log_file.exists():
+        shutil.copyfile(log_file, run.directory / log_file.name)
+
+
+def first_epoch_of(store: Store, job: JobKey) -> int:
+    """Return which run of *job* a run without a scheduler is: one after the last that the store knows."""
+    start = store.get_record(job, "start")
+    if start is None:
+        return 0
+    epochs = [int(start["epoch"]), *(checkpoint.id.epoch for checkpoint in store.checkpoints(job))]
+    return max(epochs) + 1
+

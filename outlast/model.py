@@ -1,0 +1,157 @@
+"""What the manager, the store and the watcher tell each other. Plain values; no input or output."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.errors import UsageError
+
+_INTERVAL = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST_INTERVAL = 30 * 86400
+
+_CHECKPOINT_NAME = re.compile(r"(?P<job>[^@/]+)@(?P<epoch>[0-9]+)\.(?P<seq>[0-9]+)")
+
+
+def parse_interval(text: str) -> int:
+    """Return the seconds that *text* means: a whole number and one unit, such as 30s, 10m, 1h, 2d.
+
+    The SPANK plugin holds to the same grammar (plugins/slurm/spank_outlast.c).
+
+    Raises:
+        UsageError: it is anything else, or not between 1s and 30d.
+    """
+    match = _INTERVAL.fullmatch(text)
+    seconds = int(match[1]) * _UNIT_SECONDS[match[2]] if match else 0
+    if not 1 <= seconds <= _LONGEST_INTERVAL:
+        raise UsageError(
+            f"checkpoint interval {text!r}: not a time between 1s and 30d",
+            hint="write a whole number and a unit: 30s, 10m, 1h or 2d",
+        )
+    return seconds
+
+
+@dataclass(frozen=True, order=True)
+class JobKey:
+    """A job's name in the store: its cluster and the scheduler's id (`17`; each array task has its own)."""
+
+    cluster: str
+    job_id: str
+
+    def __post_init__(self) -> None:
+        for part in (self.cluster, self.job_id):
+            # Both become names of directories on the store.
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}", part):
+                raise UsageError(f"{part!r}: not a name for a job or a cluster")
+
+    def __str__(self) -> str:
+        return f"{self.cluster}/{self.job_id}"
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointId:
+    """One checkpoint of a job: *epoch* is the run that wrote it (from 0), *seq* its number in that run.
+
+    A larger (epoch, seq) is newer.
+    """
+
+    epoch: int
+    seq: int
+
+    def name(self, job_id: str) -> str:
+        """Return the name that people use: `17@1.4` is job 17, epoch 1, sequence 4."""
+        return f"{job_id}@{self.epoch}.{self.seq}"
+
+
+def parse_checkpoint_name(text: str) -> tuple[str, CheckpointId]:
+    """Split `17@1.4` into the job's id and the checkpoint's. Raises UsageError where it is no such name."""
+    match = _CHECKPOINT_NAME.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"{text!r}: not a checkpoint's name", hint="names look like 17@1.4: 'outlast list JOB'"
+        )
+    return match["job"], CheckpointId(int(match["epoch"]), int(match["seq"]))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint as its manifest describes it.
+
+    *meta* is the manager's own part of the manifest (JSON values): when and where it was made, the open
+    files, CRIU's version and figures. *stored_bytes* is what this checkpoint added to the store,
+    *image_bytes* the size of all its files.
+    """
+
+    id: CheckpointId
+    created: float  # seconds, Unix time, the node's clock
+    stored_bytes: int
+    image_bytes: int
+    meta: Mapping[str, Any]
+
+
+class JobState(enum.Enum):
+    """A job as its scheduler sees it, with every scheduler's own words folded into five."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    LOST = "lost"  # the node failed or the job was preempted: may be requeued
+    DONE = "done"  # ended with exit code 0
+    FAILED = "failed"  # ended by its own fault, or was cancelled: must not be requeued
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right of one run of a job to write checkpoints; its manager renews it every few seconds."""
+
+    job: JobKey
+    epoch: int
+    node: str
+    uid: int
+
+
+@dataclass(frozen=True)
+class LeaseView:
+    """A lease as a reader of the store finds it; *age* is in seconds by the store's own clock."""
+
+    lease: Lease
+    age: float
+
+
+@dataclass(frozen=True)
+class SchedulerJob:
+    """One job as the scheduler tells it.
+
+    *epoch* is the restart count, *excluded* the nodes that the job must not have, *required* those that it
+    must have. *handle* is what the scheduler's commands call this one job: an array's first task shares its
+    id with the whole array, so there it is `17_1`.
+    """
+
+    job_id: str
+    state: JobState
+    raw_state: str
+    epoch: int
+    nodes: tuple[str, ...]
+    uid: int
+    name: str
+    excluded: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    requeueable: bool = True
+    handle: str = ""
+
+
+@dataclass(frozen=True)
+class SchedulerNode:
+    """One node as the scheduler tells it. *up*: neither down, failed nor powered off.
+
+    *address* and *port* are where the scheduler's daemon on that node listens.
+    """
+
+    name: str
+    up: bool
+    responding: bool
+    address: str
+    port: int = 6818  # slurmd's own default

@@ -1,0 +1,49 @@
+"""What the watcher needs of a scheduler, whichever it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from outlast.errors import OutlastError
+from outlast.model import SchedulerJob, SchedulerNode
+
+
+class SchedulerUnavailable(OutlastError):
+    """Nobody must do anything: the scheduler did not answer, and the next try may succeed."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class SchedulerRefused(OutlastError):
+    """The scheduler answered no, in its own words."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
+class Scheduler(Protocol):
+    """A scheduler's view of its jobs and nodes, and the few things that the watcher asks of it.
+
+    Every call is bounded in time. Each raises SchedulerUnavailable where no answer came, and SchedulerRefused
+    where the answer was no; a state that the adapter does not know is an OutlastError, never a guess.
+    *handle* is `SchedulerJob.handle`.
+    """
+
+    def jobs(self) -> tuple[SchedulerJob, ...]:
+        """Return every job that the scheduler knows, those that ended a short while ago too."""
+
+    def nodes(self) -> tuple[SchedulerNode, ...]:
+        """Return every node of the cluster."""
+
+    def requeue(self, handle: str) -> None:
+        """Make the scheduler run an ended job again under its own id."""
+
+    def mark_down(self, node: str, reason: str) -> None:
+        """Tell the scheduler that *node* is dead, so that it takes its jobs away from it at once."""
+
+    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
+        """Keep a pending job off exactly *nodes*; those named before and not here are allowed again."""
+
+    def users(self) -> frozenset[int]:
+        """Return the uids, beside root, under which the scheduler itself runs its hooks."""

@@ -1,0 +1,341 @@
+"""Slurm behind the scheduler protocol: its commands' arguments, and parsers of their JSON, all pure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from outlast.errors import ConfigError, OutlastError
+from outlast.model import JobState, SchedulerJob, SchedulerNode
+from outlast.scheduler import SchedulerRefused, SchedulerUnavailable
+
+_T = TypeVar("_T")
+
+COMMAND_SECONDS = 10.0
+
+# One item of a list of nodes: commas inside its brackets do not end it.
+_HOSTS = r"(?:[^][,]|\[[^][]+\])+"
+
+# Source of the names: Slurm 24.11, src/plugins/data_parser/v0.0.42/parsers.c, PARSER_FLAG_ARRAY(JOB_STATE);
+# of their meaning: squeue(1), "JOB STATE CODES". A job is in exactly one of these.
+_BASE_STATES = {
+    "PENDING": JobState.PENDING,
+    "RUNNING": JobState.RUNNING,
+    "SUSPENDED": JobState.RUNNING,  # stopped, but it keeps its node, and its manager renews the lease
+    "COMPLETED": JobState.DONE,
+    "CANCELLED": JobState.FAILED,
+    "FAILED": JobState.FAILED,
+    "TIMEOUT": JobState.FAILED,
+    "NODE_FAIL": JobState.LOST,
+    "PREEMPTED": JobState.LOST,
+    "BOOT_FAIL": JobState.LOST,
+    "DEADLINE": JobState.FAILED,
+    "OUT_OF_MEMORY": JobState.FAILED,
+}
+
+# Flags that come beside a base state. With one of the first group an ended job is about to be pending
+# again, whatever its base state says of the run that ended.
+_COMING_BACK = frozenset({"REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
+_OTHER_FLAGS = frozenset(
+    {
+        "COMPLETING",
+        "CONFIGURING",
+        "EXPEDITING",
+        "LAUNCH_FAILED",
+        "POWER_UP_NODE",
+        "RECONFIG_FAIL",
+        "RESIZING",
+        "RESV_DEL_HOLD",
+        "REVOKED",
+        "SIGNALING",
+        "STAGE_OUT",
+        "STOPPED",
+        "UPDATE_DB",
+    }
+)
+
+# Source: the same file, PARSER_FLAG_ARRAY(NODE_STATES); meaning: sinfo(1), "NODE STATE CODES".
+_UP = frozenset({"ALLOCATED", "IDLE", "MIXED", "UNKNOWN"})
+_DOWN = frozenset({"DOWN", "ERROR", "FUTURE"})
+_OFF = frozenset({"POWERED_DOWN", "POWERING_DOWN"})
+_NODE_FLAGS = _OFF | {
+    "BLOCKED",
+    "CLOUD",
+    "COMPLETING",
+    "DRAIN",
+    "DYNAMIC_FUTURE",
+    "DYNAMIC_NORM",
+    "EXTERNAL",
+    "FAIL",
+    "INVALID_REG",
+    "MAINTENANCE",
+    "NOT_RESPONDING",
+    "PLANNED",
+    "POWERING_UP",
+    "POWER_DOWN",
+    "POWER_DRAIN",
+    "POWER_UP",
+    "REBOOT_CANCELED",
+    "REBOOT_ISSUED",
+    "REBOOT_REQUESTED",
+    "RESERVED",
+    "RESUME",
+    "UNDRAIN",
+}
+
+# Words in which Slurm's commands say that slurmctld gave no answer, or none yet. Source: Slurm 24.11,
+# src/common/slurm_errno.c: SLURM_COMMUNICATIONS_*, SLURMCTLD_COMMUNICATIONS_*, SLURM_PROTOCOL_SOCKET_*,
+# ESLURM_IN_STANDBY_*; "Unexpected message" is what "scontrol requeue" says where nothing listens.
+_NO_ANSWER = re.compile(
+    r"Unable to contact slurm controller|Communication connection failure|Message (?:receive|send) failure|"
+    r"Socket timed out|Zero Bytes were transmitted or received|in standby mode|Unexpected message received"
+)
+
+
+def jobs_command() -> list[str]:
+    """The command whose output `parse_jobs` reads: all jobs, ended and hidden ones too, in one query."""
+    return ["squeue", "--all", "--states=all", "--json"]
+
+
+def nodes_command() -> list[str]:
+    """The command whose output `parse_nodes` reads."""
+    return ["scontrol", "--all", "show", "nodes", "--json"]
+
+
+def requeue_command(handle: str) -> list[str]:
+    """Run an ended job again under its own id."""
+    return ["scontrol", "requeue", handle]
+
+
+def mark_down_command(node: str, reason: str) -> list[str]:
+    """Set a node down: slurmctld requeues its jobs at once, without waiting for SlurmdTimeout."""
+    return ["scontrol", "update", f"NodeName={node}", "State=DOWN", f"Reason={reason}"]
+
+
+def exclude_command(handle: str, nodes: Sequence[str]) -> list[str]:
+    """Set the list of nodes that a pending job must not have; an empty one takes the list away."""
+    return ["scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(nodes)}"]
+
+
+def config_command() -> list[str]:
+    """The command whose output `parse_slurm_user` reads."""
+    return ["scontrol", "show", "config"]
+
+
+def parse_slurm_user(output: str) -> int:
+    """Return the uid in the line `SlurmUser = slurm(64030)`. Raises OutlastError where there is none."""
+    match = re.search(r"^SlurmUser\s*=.*\(([0-9]+)\)\s*$", output, re.MULTILINE)
+    if match is None:
+        raise OutlastError("scontrol: its configuration names no SlurmUser")
+    return int(match[1])
+
+
+def parse_jobs(output: str) -> tuple[SchedulerJob, ...]:
+    """Read the output of `jobs_command`, of Slurm 23.02 (data_parser 0.0.39) and later.
+
+    Raises:
+        OutlastError: it is no such output, or a job is in a state that this version does not know. It is
+            never guessed: a wrong guess would start a job twice.
+    """
+    return tuple(_each(output, "jobs", "squeue", _job))
+
+
+def parse_nodes(output: str) -> tuple[SchedulerNode, ...]:
+    """Read the output of `nodes_command`. Raises OutlastError like `parse_jobs`."""
+    return tuple(_each(output, "nodes", "scontrol", _node))
+
+
+def expand(hostlist: str) -> tuple[str, ...]:
+    """Return the names that Slurm's short form means: `n[1-2,07],x` is n1, n2, n07 and x.
+
+    Raises:
+        OutlastError: *hostlist* is no such form.
+
+    Source:
+        scontrol(1), "show hostlist"; a width given by leading zeros is kept.
+    """
+    names: list[str] = []
+    if hostlist and not re.fullmatch(f"{_HOSTS}(?:,{_HOSTS})*", hostlist):
+        raise OutlastError(f"{hostlist!r}: not a list of nodes")
+    for hosts in re.findall(_HOSTS, hostlist):
+        pieces = enumerate(re.split(r"\[(.*?)\]", hosts))
+        choices = [list(_numbers(text, hostlist)) if i % 2 else [text] for i, text in pieces]
+        names += ("".join(choice) for choice in itertools.product(*choices))
+    return tuple(names)
+
+
+class SlurmScheduler:
+    """The cluster that this machine's slurm.conf names. See `outlast.scheduler.Scheduler`."""
+
+    def __init__(self, *, timeout: float = COMMAND_SECONDS) -> None:
+        """Look the commands up on PATH; *timeout* is in seconds, for each command.
+
+        Raises:
+            ConfigError: squeue or scontrol is not installed.
+        """
+        self._timeout = timeout
+        self._programs = {name: _which(name) for name in ("squeue", "scontrol")}
+        # Nothing else is passed on: SQUEUE_STATES, SLURM_CLUSTERS and their like change what is printed.
+        passed = ("PATH", "SLURM_CONF")
+        self._environment = {name: os.environ[name] for name in passed if name in os.environ}
+        self._environment |= {"LC_ALL": "C.UTF-8", "SLURM_JSON": "compact"}
+
+    def jobs(self) -> tuple[SchedulerJob, ...]:
+        """See `Scheduler.jobs`: ended jobs stay known for MinJobAge (300 s unless configured)."""
+        return parse_jobs(self._run(jobs_command()))
+
+    def nodes(self) -> tuple[SchedulerNode, ...]:
+        """See `Scheduler.nodes`."""
+        return parse_nodes(self._run(nodes_command()))
+
+    def requeue(self, handle: str) -> None:
+        """See `Scheduler.requeue`."""
+        self._run(requeue_command(handle))
+
+    def mark_down(self, node: str, reason: str) -> None:
+        """See `Scheduler.mark_down`."""
+        self._run(mark_down_command(node, reason))
+
+    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
+        """See `Scheduler.exclude`."""
+        self._run(exclude_command(handle, nodes))
+
+    def users(self) -> frozenset[int]:
+        """See `Scheduler.users`: slurmctld runs EpilogSlurmctld as SlurmUser."""
+        return frozenset({parse_slurm_user(self._run(config_command()))})
+
+    def _run(self, command: Sequence[str]) -> str:
+        argv = [self._programs[command[0]], *command[1:]]
+        try:
+            done = subprocess.run(
+                argv,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=self._timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise SchedulerUnavailable(f"{command[0]}: no answer within {self._timeout:g} s") from None
+        except OSError as error:
+            raise SchedulerUnavailable(f"{argv[0]}: {error.strerror}") from None
+        if done.returncode == 0:
+            return done.stdout
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode} and no word"]
+        words = "; ".join(lines)
+        if _NO_ANSWER.search(words):
+            raise SchedulerUnavailable(f"{command[0]}: {words}")
+        raise SchedulerRefused(f"{' '.join(command)}: {words}")
+
+
+def _which(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError(
+            f"{name}: not on PATH", hint="the watcher runs where Slurm's commands are installed"
+        )
+    return os.path.abspath(found)  # noqa: PTH100 - resolve() would follow a wrapper's link
+
+
+def _each(output: str, key: str, program: str, parse: Callable[[Any], _T]) -> Iterable[_T]:
+    try:
+        rows = json.loads(output)[key]
+    except (ValueError, KeyError, TypeError):
+        raise OutlastError(f"{program}: its output is no JSON object with {key!r}: {output[:80]!r}") from None
+    for row in rows:
+        try:
+            yield parse(row)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise OutlastError(f"{program}: one of its {key} is not of the known form: {error!r}") from None
+
+
+def _job(row: dict[str, Any]) -> SchedulerJob:
+    job_id = str(row["job_id"])
+    words = _words(row["job_state"])
+    array, task = _number(row.get("array_job_id")), _number(row.get("array_task_id"))
+    return SchedulerJob(
+        job_id=job_id,
+        state=_job_state(job_id, words),
+        raw_state="+".join(words),
+        epoch=row["restart_cnt"],
+        nodes=_hosts(row["nodes"]),
+        uid=row["user_id"],
+        name=row["name"],
+        excluded=_hosts(row["excluded_nodes"]),
+        required=_hosts(row["required_nodes"]),
+        requeueable=row["requeue"],
+        handle=f"{array}_{task}" if array and task is not None else job_id,
+    )
+
+
+def _job_state(job_id: str, words: Sequence[str]) -> JobState:
+    base = [word for word in words if word in _BASE_STATES]
+    flags = frozenset(words) - frozenset(base)
+    unknown = flags - _COMING_BACK - _OTHER_FLAGS
+    if unknown or len(base) > 1 or not words:
+        raise OutlastError(f"squeue: job {job_id} is in the unknown state {'+'.join(words)!r}")
+    if flags & _COMING_BACK:
+        return JobState.PENDING
+    if "REVOKED" in flags:
+        # Another cluster of the federation runs it: this record is not to be brought back.
+        return JobState.FAILED
+    if not base:
+        raise OutlastError(f"squeue: job {job_id} is in the unknown state {'+'.join(words)!r}")
+    return _BASE_STATES[base[0]]
+
+
+def _node(row: dict[str, Any]) -> SchedulerNode:
+    words = frozenset(_words(row["state"]))
+    base, flags = words & (_UP | _DOWN), words - _UP - _DOWN
+    if len(base) != 1 or flags - _NODE_FLAGS:
+        raise OutlastError(
+            f"scontrol: node {row['name']} is in the unknown state {'+'.join(_words(row['state']))!r}"
+        )
+    # FAIL beside ALLOCATED or MIXED means "no new jobs"; those on it still run.
+    failed = "FAIL" in flags and not words & {"ALLOCATED", "MIXED"}
+    return SchedulerNode(
+        name=row["name"],
+        up=not (base & _DOWN or flags & _OFF or failed),
+        responding="NOT_RESPONDING" not in flags,
+        address=row["address"] or row["name"],
+        port=row["port"],
+    )
+
+
+def _words(state: object) -> tuple[str, ...]:
+    """A state of the older schemas is one text, of the newer ones a list."""
+    if isinstance(state, str):
+        return tuple(state.replace(",", "+").split("+"))
+    if isinstance(state, list) and all(isinstance(word, str) for word in state):
+        return tuple(state)
+    raise ValueError(f"state {state!r}")
+
+
+def _number(value: object) -> int | None:
+    """A number of the older schemas is plain, of the newer ones an object; 0 and "not set" are told apart."""
+    if isinstance(value, dict):
+        return value["number"] if value["set"] and not value["infinite"] else None
+    return value if isinstance(value, int) else None
+
+
+def _hosts(value: object) -> tuple[str, ...]:
+    if isinstance(value, list):
+        return tuple(name for part in value for name in expand(part))
+    return expand(value) if isinstance(value, str) else ()
+
+
+def _numbers(ranges: str, hostlist: str) -> Iterable[str]:
+    for part in ranges.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
+        if int(first) > int(last):
+            raise OutlastError(f"{hostlist!r}: not a list of nodes")
+        for number in range(int(first), int(last) + 1):
+            yield str(number).zfill(len(first))

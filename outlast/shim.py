@@ -1,0 +1,249 @@
+#!/usr/bin/python3 -IS
+"""The job's stand-in: runs where the scheduler started the job, while the job runs in its capsule.
+
+    outlast-shim --interval INTERVAL [--manager DIR] -- COMMAND [ARGUMENT...]
+
+Hands its standard descriptors to the job's manager, sets the job's files back when the manager asks for it
+(as the user, so that nothing can be reached that the user could not), forwards signals, and ends as the job
+ended. Should there be no manager, the job runs here as if there were no checkpoints.
+
+It imports nothing but the standard library's built-in parts, since it is part of every job's start.
+"""
+
+import array
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+_RUNTIME = "/run/outlast/jobs"
+_MANAGER_SECONDS = 20.0
+_TEMPORARY_FAILURE = 75
+# Not forwarded: those that cannot be caught, that tell of the shim's own faults, and of its children.
+_OWN = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGPIPE"}
+_FORWARDED = [number for number in signal.valid_signals() if getattr(number, "name", "SIGRT") not in _OWN]
+# Before there is a job to forward them to, these end the shim as they would have ended the job.
+_DEADLY = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU}
+
+
+def say(text: str) -> None:
+    """Write one line to the job's standard error."""
+    try:
+        os.write(2, f"outlast: {text}\n".encode(errors="surrogateescape"))
+    except OSError:
+        pass
+
+
+def run_without(argv: list[str], why: str) -> None:
+    """Become the job itself, without checkpoints; a job that has been requeued is not started again."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        say(f"{why}; the job was restarted, and is not begun again from its start while it may have checkpoints")
+        say("see that outlast works on this node, then requeue the job: scontrol requeue JOB")
+        sys.exit(_TEMPORARY_FAILURE)
+    say(f"{why}; the job runs without checkpoints")
+    become(argv)
+
+
+def become(argv: list[str]) -> None:
+    """Replace this process by the job's command."""
+    for number in _FORWARDED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        os.execvp(argv[0], argv)  # noqa: S606 - the job's own command
+    except OSError as error:
+        say(f"{argv[0]}: {error.strerror}")
+        sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def connect(directory: str) -> "socket.socket | None":
+    """Return a connection to the job's manager, which may still be starting; None if none answers."""
+    deadline = time.monotonic() + _MANAGER_SECONDS
+    while True:
+        # Behind this file a manager is starting; what may listen there still is that of an earlier run.
+        starting = os.path.exists(directory + ".starting")
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if not starting:
+                connection.connect(directory + "/shim.sock")
+                return connection
+        except OSError:
+            if not os.path.isdir(directory):
+                return None
+        connection.close()
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.02)
+
+
+def set_back(files: "list[dict[str, object]]", epoch: int) -> None:
+    """Cut every file back to the size that it had; what is cut off is kept in a file beside it.
+
+    Raises OSError, with the file's name, where that is impossible: then nothing may be restored.
+    """
+    for entry in files:
+        path, size = str(entry["path"]), int(entry["size"])  # type: ignore[call-overload]
+        try:
+            now = os.stat(path).st_size
+        except FileNotFoundError:
+            if size == 0 and entry.get("optional"):
+                continue
+            raise
+        if now < size:
+            raise OSError(0, f"it has {now} bytes, and had {size} at the checkpoint", path)
+        if now > size:
+            keep_aside(path, size, epoch)
+            os.truncate(path, size)
+
+
+def keep_aside(path: str, size: int, epoch: int) -> None:
+    """Copy what *path* holds beyond *size* bytes to `PATH.outlast-lost.EPOCH`."""
+    kept = f"{path}.outlast-lost.{epoch}"
+    part = kept + ".part"
+    with open(path, "rb") as source, open(part, "wb") as target:
+        source.seek(size)
+        while block := source.read(1 << 20):
+            target.write(block)
+        target.flush()
+        os.fsync(target.fileno())
+    number = 1
+    while os.path.lexists(kept):
+        number += 1
+        kept = f"{path}.outlast-lost.{epoch}.{number}"
+    os.rename(part, kept)
+
+
+class Shim:
+    """One run of the job: its manager, its capsule, its signals."""
+
+    def __init__(self, argv: list[str], interval: str) -> None:
+        self.argv = argv
+        self.interval = interval
+        self.started = False
+        self.manager_gone = False
+        self.capsule_gone = False
+        self.wake_read, wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(wake_write, False)
+        self.status, self.capsule_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.input = b""
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in _FORWARDED:
+            signal.signal(number, lambda *_: None)
+
+    def run(self, manager: socket.socket) -> int:
+        """Have the job run in a capsule; return its wait status."""
+        hello = json.dumps({"op": "hello", "argv": self.argv, "interval": self.interval}).encode() + b"\n"
+        fds = array.array("i", [0, 1, 2, self.capsule_end.fileno()])
+        manager.sendmsg([hello[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        manager.sendall(hello[1:])
+        self.capsule_end.close()
+        poll = select.poll()
+        for fd in (manager.fileno(), self.status.fileno(), self.wake_read):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self.wake_read in ready:
+                self.forward_signals()
+            if self.status.fileno() in ready:
+                message = self.status.recv(4)
+                if len(message) == 4:
+                    return int(struct.unpack("=i", message)[0])
+                poll.unregister(self.status.fileno())
+                self.capsule_gone = True
+            if manager.fileno() in ready and not self.read_manager(manager):
+                poll.unregister(manager.fileno())
+                self.manager_gone = True
+            if self.capsule_gone and self.started:
+                # Gone without a word: somebody killed its init, and the kernel the job with it.
+                return int(signal.SIGKILL)
+            # While somebody holds the other end there is, or may yet be, a capsule; a second copy of the
+            # job must not start beside it.
+            if self.capsule_gone and self.manager_gone:
+                run_without(self.argv, "the manager on this node ended")
+
+    def forward_signals(self) -> None:
+        for number in os.read(self.wake_read, 4096):
+            if not (self.started or self.manager_gone) and number in _DEADLY:
+                die_by(number)
+            try:
+                self.status.send(struct.pack("=i", number))
+            except OSError:
+                return  # the job has just ended; its status follows
+
+    def read_manager(self, manager: socket.socket) -> bool:
+        """Do what the manager says; return False once it has hung up."""
+        try:
+            data = manager.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            return False
+        *lines, self.input = (self.input + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            operation = message["op"]
+            if operation == "say":
+                say(message["text"])
+            elif operation == "started":
+                self.started = True
+            elif operation == "set-back":
+                reply = {"op": "set-back", "error": None}
+                try:
+                    set_back(message["files"], message["epoch"])
+                except OSError as error:
+                    reply["error"] = f"{error.filename}: {error.strerror}"
+                manager.sendall(json.dumps(reply).encode() + b"\n")
+            elif operation == "run-without":
+                run_without(self.argv, message["why"])
+            elif operation == "exit":
+                say(message["text"])
+                sys.exit(message["code"])
+        return True
+
+
+def die_by(number: int) -> None:
+    """End by signal *number*, as the job did; the job has dumped core already if it should have."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    sys.exit(128 + number)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; *arguments* are those after the program's own name."""
+    interval, directory = "", ""
+    while arguments and arguments[0] != "--":
+        option = arguments.pop(0)
+        if option not in ("--interval", "--manager") or not arguments:
+            say(f"{option}: no such option; usage: outlast-shim --interval 10m [--manager DIR] -- COMMAND...")
+            return 64
+        if option == "--interval":
+            interval = arguments.pop(0)
+        else:
+            directory = arguments.pop(0)
+    argv = arguments[1:]
+    if not argv:
+        say("no command; usage: outlast-shim --interval 10m [--manager DIR] -- COMMAND...")
+        return 64
+    directory = directory or f"{_RUNTIME}/{os.environ.get('SLURM_JOB_ID', 'none')}"
+    manager = connect(directory)
+    if manager is None:
+        run_without(argv, f"no manager answers at {directory}/shim.sock")
+        return 1
+    status = Shim(argv, interval).run(manager)
+    manager.close()
+    if os.WIFSIGNALED(status):
+        die_by(os.WTERMSIG(status))
+    return os.waitstatus_to_exitcode(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Checkpoints kept elsewhere, complete or not at all, over SFTP or in a directory. docs/store-format.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from outlast.config import StoreConfig
+from outlast.errors import ConfigError
+from outlast.store._backend import Backend
+from outlast.store._local import LocalBackend
+from outlast.store._store import Store
+
+__all__ = ["Store", "open_store"]
+
+_FORMS = "write sftp://USER@HOST/DIR, sftp://USER@HOST:PORT/DIR or file:///DIR"
+
+
+def open_store(config: StoreConfig) -> Store:
+    """Return the store at *config*'s url. It connects when it is first used; use it as a context manager.
+
+    Raises:
+        ConfigError: the url is no such thing, or the key or the known hosts cannot be read.
+    """
+    try:
+        url = urlsplit(config.url)
+        port = url.port
+    except ValueError as error:
+        raise _bad(config, str(error)) from None
+    if url.query or url.fragment:
+        raise _bad(config, "has a '?' or '#'")
+    path = unquote(url.path).rstrip("/")
+    if ".." in path.split("/") or "\0" in path:
+        raise _bad(config, "names a directory by '..'")
+    if url.scheme == "file":
+        if url.netloc or not path:
+            raise _bad(config, "names no directory of this machine")
+        return Store(LocalBackend(Path(path)))
+    if url.scheme == "sftp":
+        return Store(_sftp(config, url, port or 22, path))
+    raise _bad(config, "neither sftp:// nor file://" if config.url else "is not set")
+
+
+def _sftp(config: StoreConfig, url: SplitResult, port: int, path: str) -> Backend:
+    # Imported here, since paramiko takes long to import and a store in a directory does without it.
+    from outlast.store._remote import SftpBackend
+    from outlast.store._sftp import Server, read_credentials
+
+    if not url.username or not url.hostname:
+        raise _bad(config, "names no user or no host")
+    if url.password is not None:
+        raise _bad(config, "holds a password, and only a key is used")
+    if not url.path:
+        raise _bad(config, "names no directory")
+    server = Server(
+        user=unquote(url.username),
+        host=url.hostname,
+        port=port,
+        identity=config.identity,
+        known_hosts=config.known_hosts,
+        timeout=config.timeout,
+    )
+    read_credentials(server)
+    return SftpBackend(server, path)
+
+
+def _bad(config: StoreConfig, why: str) -> ConfigError:
+    return ConfigError(f"[store] url = {config.url!r}: {why}", hint=_FORMS)

@@ -1,0 +1,84 @@
+"""The watcher: sees jobs that were lost with their nodes, and sees to it that they run again elsewhere.
+
+It touches no process and opens no image. It may be ended and started at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from types import FrameType
+
+from outlast import control
+from outlast.config import Config
+from outlast.errors import OutlastError
+from outlast.scheduler import Scheduler
+from outlast.scheduler.slurm import SlurmScheduler
+from outlast.store import open_store
+from outlast.watcher.answers import Desk
+from outlast.watcher.loop import Loop, Wake
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
+    """Watch the cluster until SIGTERM or SIGINT; must be called in the main thread.
+
+    Faults of the store or the scheduler are logged once, and tried again in each cycle.
+
+    Raises:
+        ConfigError: the store's address or key, or the scheduler's commands, are not there.
+    """
+    scheduler = scheduler or SlurmScheduler()
+    wake = Wake()
+    ending: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        ending.append(number)
+        wake.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    path = config.watcher.socket
+    try:
+        with open_store(config.store) as store:
+            loop = Loop(config, scheduler, store)
+            desk = Desk(config, scheduler, leases=lambda: loop.leases, wake=wake.set)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            listener = control.listen(path)
+            threading.Thread(target=control.serve, args=(listener, desk.handle), daemon=True).start()
+            log.info("watching cluster %s; requests at %s", config.cluster, path)
+            try:
+                _watch(loop, wake, ending, config.watcher.cycle)
+            finally:
+                path.unlink(missing_ok=True)
+                listener.close()
+                desk.close()
+        log.info("ended by signal %s", ending[0] if ending else None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float) -> None:
+    woken = False
+    fault = ""
+    while not ending:
+        began = time.monotonic()
+        try:
+            loop.cycle(look=woken)
+        except OutlastError as error:
+            # A fault lasts for many cycles: it is told when it begins, when it changes and when it ends.
+            if str(error) != fault:
+                log.warning("nothing can be decided: %s", error)
+            fault = str(error)
+        except Exception as error:
+            if repr(error) != fault:
+                log.exception("internal fault; nothing can be decided")
+            fault = repr(error)
+        else:
+            if fault:
+                log.info("store and scheduler answer again")
+            fault = ""
+        woken = wake.wait(began + seconds - time.monotonic())

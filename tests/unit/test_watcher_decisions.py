@@ -1,0 +1,351 @@
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlast.config import Config, WatcherConfig
+from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
+from outlast.watcher.decisions import (
+    Decision,
+    Done,
+    DropLease,
+    Exclude,
+    Leave,
+    MarkDown,
+    Probe,
+    Readmit,
+    Requeue,
+    Run,
+    Snapshot,
+    decide,
+    suspects,
+)
+
+CONFIG = Config(cluster="c")
+LEASE = Lease(JobKey("c", "17"), 0, "n1", 2000)
+JOB = SchedulerJob("17", JobState.RUNNING, "RUNNING", 0, ("n1",), 2000, "lu", handle="17")
+AGAIN = dataclasses.replace(JOB, state=JobState.PENDING, raw_state="PENDING", epoch=1, nodes=())
+LOST = dataclasses.replace(JOB, state=JobState.LOST, raw_state="NODE_FAIL")
+ALIVE = SchedulerNode("n1", up=True, responding=True, address="198.18.0.11")
+DEAD = dataclasses.replace(ALIVE, up=False)
+SILENT = Probe(answered=False, times=2)
+NOW = 1000.0
+
+
+def snapshot(
+    *,
+    age: float = 6.0,
+    lease: Lease | None = LEASE,
+    job: SchedulerJob | None = JOB,
+    node: SchedulerNode | None = ALIVE,
+    probe: Probe | None = SILENT,
+    done: tuple[Done, ...] = (),
+) -> Snapshot:
+    return Snapshot(
+        now=NOW,
+        leases=(LeaseView(lease, age),) if lease else (),
+        jobs=(job,) if job else (),
+        nodes=(node,) if node else (),
+        probes={"n1": probe} if probe else {},
+        done=done,
+    )
+
+
+def done(event: str, *, epoch: int = 0, ago: float = 0.0, refused: bool = False, node: str = "n1") -> Done:
+    return Done(NOW - ago, event, Run("17", epoch), node, refused)
+
+
+def leave(reason: str, tell: str = "", *, epoch: int = 0) -> Leave:
+    return Leave(Run("17", epoch), reason, tell)
+
+
+DEAD_REASON = "no sign of job 17 for 6 s, and no answer from 198.18.0.11 port 6818 in 2 tries"
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        ({}, MarkDown("n1", (Run("17", 0),), DEAD_REASON)),
+        ({"age": 5.0}, leave("the lease runs 0 s more")),
+        ({"age": 2.0}, leave("the lease runs 3 s more")),
+        ({"probe": Probe(False, 1)}, leave("n1 did not answer once; it is asked again")),
+        ({"probe": Probe(True, 1)}, leave("manager silent, node alive")),
+        ({"probe": Probe(True, 2)}, leave("manager silent, node alive", "manager-silent")),
+        (
+            {"probe": Probe(True, 3), "done": (done("manager-silent", node=""),)},
+            leave("manager silent, node alive"),
+        ),
+        ({"probe": None}, leave("it is not known whether n1 lives")),
+        ({"node": None}, leave("the scheduler knows no node n1")),
+        ({"node": DEAD}, leave("n1 is down already, and the scheduler requeues its jobs")),
+        ({"done": (done("node-marked-down"),)}, leave("node-marked-down 0 s ago")),
+        (
+            {"done": (done("node-marked-down", refused=True, ago=4),)},
+            leave("refused 4 s ago; asked again later"),
+        ),
+        (
+            {"done": (done("node-marked-down", refused=True, ago=11),)},
+            MarkDown("n1", (Run("17", 0),), DEAD_REASON),
+        ),
+        (
+            {"job": dataclasses.replace(JOB, epoch=1)},
+            leave("the lease is of run 0; run 1 has none yet", epoch=1),
+        ),
+        (
+            {"job": dataclasses.replace(JOB, nodes=("n2",))},
+            leave("the lease is from n1, where the scheduler does not run the job"),
+        ),
+    ],
+)
+def test_a_running_job(change: dict[str, object], outcome: Decision) -> None:
+    assert decide(snapshot(**change), CONFIG) == (outcome,)  # type: ignore[arg-type]
+
+
+def test_a_dead_node_is_left_to_the_scheduler_where_the_site_wants_it_so() -> None:
+    config = dataclasses.replace(CONFIG, watcher=WatcherConfig(mark_down=False))
+
+    assert decide(snapshot(), config) == (
+        leave(f"{DEAD_REASON}; left to the scheduler, as [watcher] mark_down is false", "node-silent"),
+    )
+
+
+def test_a_dead_node_is_marked_down_once_for_all_its_jobs() -> None:
+    other = dataclasses.replace(JOB, job_id="18", handle="18", epoch=2)
+    lease = Lease(JobKey("c", "18"), 2, "n1", 2000)
+    seen = dataclasses.replace(
+        snapshot(), leases=(LeaseView(LEASE, 6.0), LeaseView(lease, 7.0)), jobs=(JOB, other)
+    )
+
+    assert decide(seen, CONFIG) == (MarkDown("n1", (Run("17", 0), Run("18", 2)), DEAD_REASON),)
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        (
+            {"job": LOST},
+            Requeue(LOST, "the job is NODE_FAIL by no fault of its own, and its lease has run out"),
+        ),
+        ({"job": LOST, "age": 3.0}, leave("the lease runs 2 s more")),
+        ({"job": LOST, "done": (done("requeued", node=""),)}, leave("requeued 0 s ago")),
+        (
+            {"job": LOST, "done": (done("requeued", node="", refused=True, ago=3),)},
+            leave("refused 3 s ago; asked again later"),
+        ),
+        (
+            {"job": dataclasses.replace(LOST, requeueable=False)},
+            leave("the job is NODE_FAIL, and may not be requeued (--no-requeue)", "not-requeueable"),
+        ),
+    ],
+)
+def test_a_lost_job(change: dict[str, object], outcome: Decision) -> None:
+    assert decide(snapshot(**change), CONFIG) == (outcome,)  # type: ignore[arg-type]
+
+
+EXCLUDED = dataclasses.replace(AGAIN, excluded=("n1",))
+NOT_RESPONDING = dataclasses.replace(ALIVE, responding=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        ({"node": DEAD}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
+        ({"node": NOT_RESPONDING}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
+        # The node is back before the job runs again.
+        ({"done": (done("node-marked-down"),)}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
+        # Somebody had it requeued: the node is as good as any.
+        ({"node": ALIVE}, leave("the job waits for a node", epoch=1)),
+        ({"node": DEAD, "age": 300.0}, leave("the job waits for a node", epoch=1)),
+        ({"node": DEAD, "job": EXCLUDED}, leave("the job waits for a node other than n1", epoch=1)),
+        (
+            {"node": DEAD, "done": (done("node-excluded", epoch=1, ago=1),)},
+            leave("the job waits for a node other than n1", epoch=1),
+        ),
+        (
+            {"node": DEAD, "done": (done("node-excluded", epoch=1, ago=1, refused=True),)},
+            leave("refused 1 s ago; asked again later", epoch=1),
+        ),
+        (
+            {"node": DEAD, "job": dataclasses.replace(AGAIN, required=("n1",))},
+            leave("the job asks for n1 by name, so it waits for that node", "pinned", epoch=1),
+        ),
+        (
+            {"job": EXCLUDED, "age": 306.0, "done": (done("node-excluded", epoch=1, ago=300),)},
+            Readmit(EXCLUDED, "n1", "the job was kept away from n1 for 300 s"),
+        ),
+        (
+            {"job": EXCLUDED, "age": 306.0, "done": (done("node-excluded", epoch=1, ago=299),)},
+            leave("the job waits for a node", epoch=1),
+        ),
+        # A person excluded the node: it stays so.
+        ({"job": EXCLUDED, "age": 306.0}, leave("the job waits for a node", epoch=1)),
+        (
+            {
+                "job": EXCLUDED,
+                "age": 306.0,
+                "done": (done("node-excluded", epoch=1, ago=300), done("node-readmitted", epoch=1)),
+            },
+            leave("the job waits for a node", epoch=1),
+        ),
+        ({"job": dataclasses.replace(AGAIN, epoch=0)}, leave("the lease is not of an earlier run")),
+    ],
+)
+def test_a_pending_job(change: dict[str, object], outcome: Decision) -> None:
+    assert decide(snapshot(**{"job": AGAIN, **change}), CONFIG) == (outcome,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        (
+            {"job": None, "age": 61.0},
+            DropLease(
+                LEASE, "the scheduler does not know the job any more, and the lease was last renewed 61 s ago"
+            ),
+        ),
+        (
+            {"job": dataclasses.replace(JOB, state=JobState.DONE, raw_state="COMPLETED"), "age": 61.0},
+            DropLease(LEASE, "the job is COMPLETED, and the lease was last renewed 61 s ago"),
+        ),
+        (
+            {"job": dataclasses.replace(JOB, state=JobState.FAILED, raw_state="FAILED"), "age": 59.0},
+            leave("the job is FAILED; its manager may still be at work"),
+        ),
+        ({"lease": None}, None),
+    ],
+)
+def test_an_ended_job(change: dict[str, object], outcome: Decision | None) -> None:
+    assert decide(snapshot(**change), CONFIG) == ((outcome,) if outcome else ())  # type: ignore[arg-type]
+
+
+def test_only_nodes_whose_jobs_are_silent_are_asked() -> None:
+    quiet = SchedulerJob("18", JobState.RUNNING, "RUNNING", 0, ("n2",), 2000, "lu")
+    nodes = (ALIVE, dataclasses.replace(ALIVE, name="n2"), dataclasses.replace(ALIVE, name="n3"))
+    leases = (LeaseView(LEASE, 6.0), LeaseView(Lease(JobKey("c", "18"), 0, "n2", 2000), 1.0))
+
+    assert suspects(leases, (JOB, quiet), nodes, CONFIG) == (ALIVE,)
+    assert suspects(leases, (JOB, quiet), (DEAD,), CONFIG) == ()
+
+
+NODES = ("n1", "n2")
+JOBS = ("17", "18", "19")
+
+
+@st.composite
+def snapshots(draw: st.DrawFn) -> Snapshot:
+    some_nodes = st.lists(st.sampled_from(NODES), unique=True).map(tuple)
+    jobs = [
+        SchedulerJob(
+            job_id=job_id,
+            state=(state := draw(st.sampled_from(JobState))),
+            raw_state=state.name,
+            epoch=draw(st.integers(0, 2)),
+            nodes=draw(some_nodes),
+            uid=2000,
+            name="lu",
+            excluded=draw(some_nodes),
+            required=draw(some_nodes),
+            requeueable=draw(st.booleans()),
+            handle=job_id,
+        )
+        for job_id in draw(st.lists(st.sampled_from(JOBS), unique=True))
+    ]
+    leases = [
+        LeaseView(
+            Lease(JobKey("c", job_id), draw(st.integers(0, 2)), draw(st.sampled_from(NODES)), 2000),
+            draw(st.floats(0, 700)),
+        )
+        for job_id in draw(st.lists(st.sampled_from(JOBS), unique=True))
+    ]
+    nodes = [
+        SchedulerNode(name, up=draw(st.booleans()), responding=draw(st.booleans()), address=name)
+        for name in draw(some_nodes)
+    ]
+    probes: Mapping[str, Probe] = draw(
+        st.dictionaries(st.sampled_from(NODES), st.builds(Probe, st.booleans(), st.integers(1, 4)))
+    )
+    events = ["node-marked-down", "requeued", "node-excluded", "node-readmitted", "lease-dropped", "pinned"]
+    past = draw(
+        st.lists(
+            st.builds(
+                Done,
+                time=st.floats(NOW - 700, NOW),
+                event=st.sampled_from(events),
+                run=st.builds(Run, st.sampled_from(JOBS), st.integers(0, 2)),
+                node=st.sampled_from(["", *NODES]),
+                refused=st.booleans(),
+            ),
+            max_size=4,
+        )
+    )
+    return Snapshot(NOW, tuple(leases), tuple(jobs), tuple(nodes), probes, tuple(past))
+
+
+@given(snapshots())
+def test_a_node_that_answers_or_was_not_asked_is_never_marked_down(seen: Snapshot) -> None:
+    for decision in decide(seen, CONFIG):
+        if isinstance(decision, MarkDown):
+            assert not seen.probes[decision.node].answered
+            assert seen.probes[decision.node].times >= 2
+
+
+@given(snapshots())
+def test_no_node_is_marked_down_while_the_leases_of_its_jobs_run(seen: Snapshot) -> None:
+    ages = {Run(view.lease.job.job_id, view.lease.epoch): view.age for view in seen.leases}
+    for decision in decide(seen, CONFIG):
+        if isinstance(decision, MarkDown):
+            assert all(ages[run] > CONFIG.lease.ttl for run in decision.runs)
+
+
+@given(snapshots())
+def test_only_lost_jobs_without_a_valid_lease_are_requeued(seen: Snapshot) -> None:
+    ages = {view.lease.job.job_id: view.age for view in seen.leases}
+    for decision in decide(seen, CONFIG):
+        if isinstance(decision, Requeue):
+            assert decision.job.state is JobState.LOST
+            assert decision.job.requeueable
+            assert ages[decision.job.job_id] > CONFIG.lease.ttl
+
+
+@given(snapshots())
+def test_only_pending_jobs_have_nodes_excluded_and_never_the_one_they_ask_for(seen: Snapshot) -> None:
+    for decision in decide(seen, CONFIG):
+        if isinstance(decision, Exclude | Readmit):
+            assert decision.job.state is JobState.PENDING
+        if isinstance(decision, Exclude):
+            assert decision.node not in {*decision.job.required, *decision.job.excluded}
+
+
+@given(snapshots())
+def test_the_lease_of_a_job_that_is_to_run_is_never_dropped(seen: Snapshot) -> None:
+    states = {job.job_id: job.state for job in seen.jobs}
+    for decision in decide(seen, CONFIG):
+        if isinstance(decision, DropLease):
+            state = states.get(decision.lease.job.job_id)
+            assert state in (None, JobState.DONE, JobState.FAILED)
+
+
+@given(snapshots())
+def test_what_was_done_is_not_done_again(seen: Snapshot) -> None:
+    acted = [one for one in decide(seen, CONFIG) if not isinstance(one, Leave)]
+    remarks = [one for one in decide(seen, CONFIG) if isinstance(one, Leave) and one.tell]
+    recorded = [Done(NOW, one.event, run, one.node) for one in acted for run in one.runs]
+    recorded += [Done(NOW, one.tell, one.run) for one in remarks]
+
+    again = decide(dataclasses.replace(seen, done=(*seen.done, *recorded)), CONFIG)
+
+    assert all(isinstance(one, Leave) and not one.tell for one in again)
+
+
+@given(snapshots())
+def test_every_lease_is_decided_about_and_no_node_marked_down_twice(seen: Snapshot) -> None:
+    decisions = decide(seen, CONFIG)
+    decided = [
+        run.job_id for one in decisions for run in (one.runs if not isinstance(one, Leave) else (one.run,))
+    ]
+    marked = [one.node for one in decisions if isinstance(one, MarkDown)]
+
+    assert sorted(decided) == sorted(view.lease.job.job_id for view in seen.leases)
+    assert len(marked) == len(set(marked))
