@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
 from criu_backend._criu import Criu, CriuError, DumpResult, error_from_log
+from criu_backend._images import pycriu_version
 
 __all__ = [
     "Capsule",
@@ -13,6 +14,7 @@ __all__ = [
     "CriuError",
     "DumpResult",
     "error_from_log",
+    "pycriu_version",
     "restore_capsule",
     "start_capsule",
 ]

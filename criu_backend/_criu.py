@@ -32,7 +32,10 @@ _NOISE = re.compile(r"Can't setup RLIMIT_NOFILE|Unable to create tun")
 # What CRIU says, and what the job's author can do about it. Source: criu 4.2, criu/files-ext.c,
 # criu/sk-inet.c, criu/sk-unix.c, criu/files-reg.c, criu/tty.c, and what was seen of it.
 _HINTS = (
-    (re.compile(r"io_uring"), "the job uses io_uring, which CRIU cannot dump: start it with the compat filter"),
+    (
+        re.compile(r"io_uring"),
+        "the job uses io_uring, which CRIU cannot dump: start it with the compat filter",
+    ),
     (re.compile(r"half of stream unix connection"), "the job talks to a daemon over a unix socket; close it"),
     (re.compile(r"Can't dump .*/dev/nvidia|/dev/kfd"), "GPU state needs CRIU's GPU plugins"),
     (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
@@ -110,7 +113,9 @@ class Criu:
             raise CriuError(f"{self._program} --version says {text!r}", log=Path(os.devnull))
         version = f"{match[1]}.{match[2]}{match[3]}"
         if (int(match[1]), int(match[2])) < _SUPPORTED:
-            raise CriuError(f"criu {version} is too old", log=Path(os.devnull), hint="install criu 4.2 or later")
+            raise CriuError(
+                f"criu {version} is too old", log=Path(os.devnull), hint="install criu 4.2 or later"
+            )
         return version
 
     def check(self) -> None:
@@ -221,7 +226,12 @@ class Criu:
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
         command = [self._program, "restore", "--images-dir", os.fspath(images), "--log-file", log.name, "-v2"]
-        command += ["--restore-detached", "--pidfile", os.fspath(state / "restored.pid"), *_common_options(tcp)]
+        command += [
+            "--restore-detached",
+            "--pidfile",
+            os.fspath(state / "restored.pid"),
+            *_common_options(tcp),
+        ]
         for fd, what in inherit:
             command += ["--inherit-fd", f"fd[{INHERITED_STDIO + fd}]:{what}"]
         # Far from the tree's own, and from what those of its processes that are gone were called.
@@ -253,7 +263,9 @@ def _short(directory: Path, name: str) -> str:
     direct = os.fspath(directory / name)
     if len(direct) < 100:
         return direct
-    raise CriuError(f"{direct}: too long a path for a socket", log=Path(os.devnull), hint="choose a shorter spool")
+    raise CriuError(
+        f"{direct}: too long a path for a socket", log=Path(os.devnull), hint="choose a shorter spool"
+    )
 
 
 def _serve_notifications(

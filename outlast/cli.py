@@ -168,7 +168,9 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError("run: CRIU needs root", hint="run it with sudo")
     config = _config(args)
     if not config.store.url:
-        raise ConfigError("run: no store", hint="give --store DIR, or set url under [store] in " + str(args.config))
+        raise ConfigError(
+            "run: no store", hint="give --store DIR, or set url under [store] in " + str(args.config)
+        )
     if args.store is not None and "://" not in args.store:
         Path(args.store).mkdir(mode=0o700, parents=True, exist_ok=True)
     name = args.name or f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -179,9 +181,7 @@ def _manager(args: argparse.Namespace) -> None:
     """Serve one job on this node (started by hooks and by 'run')."""
     from outlast.manager import Manager
 
-    Manager(
-        _config(args), args.job, uid=args.uid, standalone=args.standalone, first=args.first
-    ).run()
+    Manager(_config(args), args.job, uid=args.uid, standalone=args.standalone, first=args.first).run()
 
 
 def _watcher(args: argparse.Namespace) -> None:
@@ -284,7 +284,9 @@ def _parser() -> argparse.ArgumentParser:
         if name != "status":
             sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
     sub = verb("run", _run)
-    sub.add_argument("--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h")
+    sub.add_argument(
+        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
+    )
     sub.add_argument("--name", help="the job's name, under which it goes on when it is run again")
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGUMENT...]")
     verb("doctor", _doctor).add_argument("--json", action="store_true", help="print one JSON value")
@@ -303,7 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s outlast: %(message)s" if args.run in (_manager, _watcher) else "outlast: %(message)s",
+        format="%(asctime)s outlast: %(message)s"
+        if args.run in (_manager, _watcher)
+        else "outlast: %(message)s",
     )
     logging.getLogger("paramiko").setLevel(logging.WARNING)
     try:

@@ -97,11 +97,15 @@ def read_config(path: Path = DEFAULT_PATH) -> Config:
     try:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", hint="write one: docs/install.md shows the five lines") from None
+        raise ConfigError(
+            f"{path}: no such file", hint="write one: docs/install.md shows the five lines"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}", hint="the file is TOML: key = value, in tables such as [store]") from None
+        raise ConfigError(
+            f"{path}: {error}", hint="the file is TOML: key = value, in tables such as [store]"
+        ) from None
     return typing.cast(Config, _build(Config, table, path, ""))
 
 
@@ -117,7 +121,9 @@ def _build(cls: type[Any], table: dict[str, Any], path: Path, where: str) -> obj
         kind = kinds[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {key}: must be a table", hint=f"write [{key}] and its keys below it")
+                raise ConfigError(
+                    f"{path}: {key}: must be a table", hint=f"write [{key}] and its keys below it"
+                )
             values[key] = _build(typing.cast(type[Any], kind), value, path, f"[{key}] ")
         else:
             values[key] = _value(kind, value, f"{path}: {where}{key}")

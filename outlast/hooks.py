@@ -33,7 +33,10 @@ def start_manager(job_id: str, options: Sequence[str]) -> Path:
     directory = _RUNTIME / job_id
     directory.with_name(job_id + ".starting").touch()
     command = [sys.executable, "-P", "-m", "outlast.cli", *options]
-    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    environment = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LC_ALL": "C.UTF-8",
+    }
     with (_LOGS / f"{job_id}.log").open("ab") as log:
         subprocess.Popen(
             ["/bin/sh", "-c", _SUPERVISE, "outlast-manager", *command],
@@ -115,4 +118,3 @@ def _variable(name: str) -> str:
         return os.environ[name]
     except KeyError:
         raise UsageError(f"${name} is not set", hint="this is started by the scheduler's hooks") from None
-

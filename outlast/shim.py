@@ -25,7 +25,19 @@ _RUNTIME = "/run/outlast/jobs"
 _MANAGER_SECONDS = 20.0
 _TEMPORARY_FAILURE = 75
 # Not forwarded: those that cannot be caught, that tell of the shim's own faults, and of its children.
-_OWN = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGPIPE"}
+_OWN = {
+    "SIGKILL",
+    "SIGSTOP",
+    "SIGCHLD",
+    "SIGSEGV",
+    "SIGBUS",
+    "SIGFPE",
+    "SIGILL",
+    "SIGABRT",
+    "SIGTRAP",
+    "SIGSYS",
+    "SIGPIPE",
+}
 _FORWARDED = [number for number in signal.valid_signals() if getattr(number, "name", "SIGRT") not in _OWN]
 # Before there is a job to forward them to, these end the shim as they would have ended the job.
 _DEADLY = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU}
@@ -42,7 +54,9 @@ def say(text: str) -> None:
 def run_without(argv: list[str], why: str) -> None:
     """Become the job itself, without checkpoints; a job that has been requeued is not started again."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        say(f"{why}; the job was restarted, and is not begun again from its start while it may have checkpoints")
+        say(
+            f"{why}; the job was restarted, and is not begun again from its start while it may have checkpoints"
+        )
         say("see that outlast works on this node, then requeue the job: scontrol requeue JOB")
         sys.exit(_TEMPORARY_FAILURE)
     say(f"{why}; the job runs without checkpoints")

@@ -14,7 +14,7 @@ mount --bind "$shared" shared
 mount -t proc -o nosuid,nodev,noexec proc proc
 mount -t sysfs -o nosuid,nodev,noexec sysfs sys
 
-if [ "$#" = 1 ]; then
+if [[ $# = 1 && $1 = *= ]]; then
 	mount -t cgroup2 cgroup2 sys/fs/cgroup
 else
 	mount -t tmpfs -o mode=755,nosuid,nodev,noexec cgroup sys/fs/cgroup

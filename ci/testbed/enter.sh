@@ -6,6 +6,7 @@
 # This is in shell, and knows from files what it needs, since it is called in loops: it takes a hundredth of a
 # second.
 set -uo pipefail
+umask 022
 
 refuse() {
 	printf 'testbed: %s\n' "$@" >&2

@@ -67,12 +67,15 @@ def kill(layout: Layout, name: str) -> None:
 def run(
     layout: Layout, name: str, argv: Sequence[str], *, within: float = 30.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run *argv* inside the host as root for at most *within* seconds; a failure is in the exit code."""
-    return subprocess.run(
-        ["bash", str(HERE / "enter.sh"), str(layout.state), "exec", name, *argv],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=within,
-    )
+    """Run *argv* inside the host as root; a failure is in the exit code: 124 after *within* seconds."""
+    try:
+        return subprocess.run(
+            ["bash", str(HERE / "enter.sh"), str(layout.state), "exec", name, *argv],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=within,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(argv, 124, "", f"{argv[0]}: no answer within {within:g} s")

@@ -23,7 +23,6 @@ PRODUCT_SOURCES = (
     *("outlast", "criu_backend", "plugins", "hooks", "scripts"),
     *("Makefile", "setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md"),
 )
-_BUILT = frozenset({".o", ".so", ".pyc"})
 _KEPT_PRODUCTS = 8
 _KEPT_ROOTS = 2
 _TAR_EXACTLY = ("--preserve-permissions", "--numeric-owner", "--xattrs", "--xattrs-include=*")
@@ -189,8 +188,14 @@ def _sources(checkout: Path) -> Iterator[Path]:
         for directory, directories, files in os.walk(top):
             directories[:] = sorted(set(directories) - {"__pycache__"})
             for path in (Path(directory, file) for file in sorted(files)):
-                if path.is_file() and path.suffix not in _BUILT:
+                if path.is_file() and not _is_built(path):
                     yield path
+
+
+def _is_built(path: Path) -> bool:
+    """Whether it is an object file or program, made for whatever system the checkout has been used on."""
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def product_layer(layout: Layout, checkout: Path, root: Path) -> Path:
@@ -218,17 +223,6 @@ def product_layer(layout: Layout, checkout: Path, root: Path) -> Path:
     return layout.product
 
 
-# Modules are compiled here, since a user's process could not keep what it compiles.
-_INSTALL = """
-set -eu
-cd /source
-make clean >/dev/null 2>&1 || true
-make install DESTDIR=/layer PREFIX=/usr
-if [ -d /layer/usr/lib/python3 ]; then python3 -m compileall -q -s /layer /layer/usr/lib/python3; fi
-chown -R --no-dereference root:root /layer
-"""
-
-
 def _install_product(checkout: Path, root: Path, work: Path) -> None:
     layer, copy = work / "layer", work / "source"
     layer.mkdir()
@@ -238,7 +232,10 @@ def _install_product(checkout: Path, root: Path, work: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
     done = run_in_root(
-        root, work / "build", [f"{copy}=/source:rw", f"{layer}=/layer:rw"], ["sh", "-c", _INSTALL]
+        root,
+        work / "build",
+        [f"{copy}=/source:rw", f"{layer}=/layer:rw"],
+        ["make", "--directory=/source", "install", "DESTDIR=/layer", "PREFIX=/usr"],
     )
     if done.returncode:
         last = "\n".join(done.stdout.strip().splitlines()[-20:])

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def _run(layout: Layout, args: argparse.Namespace) -> None:
 def main() -> int:
     """Entry point of scripts/testbed; returns its exit code."""
     args = _parser().parse_args()
+    os.umask(0o022)  # hosts' files are seen by all their users, whatever the caller prefers for his own
     try:
         machine.require_root()
         _run(layout_from_environment(), args)
@@ -98,8 +100,11 @@ def main() -> int:
             print(f"testbed: {error.hint}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return 0
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

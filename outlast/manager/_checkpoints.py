@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,17 @@ class Checkpointer:
     its turn.
     """
 
-    def __init__(self, config: Config, run: Run, criu: Criu, launcher: Launcher, events: EventLog) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        criu: Criu,
+        launcher: Launcher,
+        events: EventLog,
+        say: Callable[[str], None],
+    ) -> None:
+        """Prepare; *say* writes a line to the job's standard error."""
+        self._say = say
         self._config = config
         self._run = run
         self._criu = criu
@@ -43,6 +54,7 @@ class Checkpointer:
         self._asked = 0
         self._done = 0
         self._ended = False
+        self._told = False
         self.newest: Checkpoint | None = None
         self.last_error: str | None = None
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
@@ -77,8 +89,10 @@ class Checkpointer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with open_store(self._config.store) as store:
                 while self._pause(due):
-                    self._checkpoint(store, lock, due + interval)
-                    due = max(due + interval, time.monotonic())
+                    begin = time.monotonic()
+                    self._checkpoint(store, lock, begin + interval)
+                    # A job whose checkpoints take longer than its interval must get on all the same.
+                    due = max(begin + interval, time.monotonic() + interval / 2)
         finally:
             os.close(lock)
 
@@ -107,6 +121,7 @@ class Checkpointer:
                 self.last_error = str(error)
                 hint = getattr(error, "hint", None)
                 self._events.add("checkpoint-failed", f"{name}: {error}", checkpoint=name, hint=hint)
+                self._complain(error, hint)
         else:
             self.newest = checkpoint
             self.last_error = None
@@ -122,6 +137,12 @@ class Checkpointer:
             )
         finally:
             shutil.rmtree(images, ignore_errors=True)
+
+    def _complain(self, error: Exception, hint: str | None) -> None:
+        """Tell the job's owner, once, that there is no checkpoint, unless it is the store's passing fault."""
+        if self.newest is None and not self._told and not isinstance(error, StoreUnavailable):
+            self._told = True
+            self._say(f"no checkpoint: {error}; the job runs on{'; ' + hint if hint else ''}")
 
     def _dump(self, images: Path, lock: int) -> dict[str, Any]:
         run = self._run

@@ -15,11 +15,11 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from criu_backend import Capsule, CapsuleError, Criu, CriuError
+from criu_backend import CapsuleError, Criu, CriuError
 from outlast import control
 from outlast.config import Config
 from outlast.control import Peer
@@ -172,28 +172,39 @@ class Manager:
         except OutlastError as error:
             log.warning("%s", error)
             return
-        with contextlib.closing(shim), self._launching:
+        with contextlib.ExitStack() as closing, self._launching:
+            closing.callback(shim.close)
             if self._run is not None or self._finished.is_set():
                 shim.run_without("the job has its capsule already; this command")
                 return
             try:
                 self._launch(shim)
-            except ShimGone as error:
+            except Exception as error:
+                if self._run is not None and self._run.capsule is not None:
+                    # The job runs. Whatever else went wrong, a second copy of it must not be started.
+                    log.exception("the job runs, but not all that belongs to it could be set up")
+                else:
+                    self._not_launched(shim, error)
+                    return
+            shim.release()
+            closing.pop_all()
+
+    def _not_launched(self, shim: Shim, error: Exception) -> None:
+        """Tell the shim what to do without a capsule."""
+        match error:
+            case ShimGone():
                 self._events.add("cancelled", str(error))
-                self._end(None)
-            except OutlastError as error:
+            case OutlastError():
                 self._events.add("not-started", str(error))
                 shim.exit(error.exit_code, f"{error}; {error.hint}" if error.hint else str(error))
-                self._end(None)
-            except (CapsuleError, CriuError, OSError) as error:
+            case CapsuleError() | CriuError() | OSError():
                 self._events.add("no-capsule", str(error))
                 shim.run_without(f"no capsule: {error}")
-                self._end(None)
-            except Exception as error:
-                log.exception("launching the job failed")
+            case _:
+                log.error("launching the job failed", exc_info=error)
                 self._events.add("no-capsule", f"internal fault: {error!r}")
                 shim.run_without(f"internal fault: {error!r}")
-                self._end(None)
+        self._end(None)
 
     def _launch(self, shim: Shim) -> None:
         if self._uid is not None and shim.peer.uid != self._uid:
@@ -206,19 +217,17 @@ class Manager:
                 epoch = first_epoch_of(store, self._job)
         self._await_predecessor(shim)
         self._events.epoch = epoch
-        run = Run(
-            self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory
-        )
+        run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
         self._run = run
         self._leased.set()
         run.capsule = self._launcher.launch(run, shim)
         run.save()
         shim.started()
-        self._take_over(run)
+        self._take_over(run, shim.say)
 
-    def _take_over(self, run: Run) -> None:
+    def _take_over(self, run: Run, say: Callable[[str], None] = lambda _: None) -> None:
         """Checkpoint the running job from now on, and see to its end."""
-        self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events)
+        self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
         threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
 

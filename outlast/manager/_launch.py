@@ -256,7 +256,9 @@ class Launcher:
 def keep_log(log_file: Path, run: Run) -> None:
     """Keep CRIU's newest log of its kind beside the job's sockets, for the operator."""
     if log_file.exists():
-        shutil.copyfile(log_file, run.directory / log_file.name)
+        kept = run.directory / log_file.name
+        kept.touch(mode=0o600)
+        shutil.copyfile(log_file, kept)
 
 
 def first_epoch_of(store: Store, job: JobKey) -> int:
@@ -266,4 +268,3 @@ def first_epoch_of(store: Store, job: JobKey) -> int:
         return 0
     epochs = [int(start["epoch"]), *(checkpoint.id.epoch for checkpoint in store.checkpoints(job))]
     return max(epochs) + 1
-

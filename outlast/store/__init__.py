@@ -37,11 +37,11 @@ def open_store(config: StoreConfig) -> Store:
             raise _bad(config, "names no directory of this machine")
         return Store(LocalBackend(Path(path)))
     if url.scheme == "sftp":
-        return Store(_sftp(config, url, port or 22, path))
+        return Store(_over_sftp(config, url, port or 22, path))
     raise _bad(config, "neither sftp:// nor file://" if config.url else "is not set")
 
 
-def _sftp(config: StoreConfig, url: SplitResult, port: int, path: str) -> Backend:
+def _over_sftp(config: StoreConfig, url: SplitResult, port: int, path: str) -> Backend:
     # Imported here, since paramiko takes long to import and a store in a directory does without it.
     from outlast.store._remote import SftpBackend
     from outlast.store._sftp import Server, read_credentials

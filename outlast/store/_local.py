@@ -198,12 +198,11 @@ class LocalBackend:
     def _open(self, name: str, flags: int) -> int:
         """Open *name* for its owner alone: an image holds a job's memory. Makes missing directories."""
         path = self._path(name)
-        for _ in range(5):  # somebody may remove an empty directory between the two steps
-            try:
+        for _ in range(9):  # somebody may remove an empty directory between the two steps
+            with contextlib.suppress(FileNotFoundError):
                 return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:
-                self._make_directories(path.parent)
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._make_directories(path.parent)
+        raise StoreUnavailable(f"{path.parent}: goes away as often as it is made")
 
     def _make_directories(self, directory: Path) -> None:
         for path in reversed([directory, *directory.parents]):
@@ -246,7 +245,10 @@ def _write(file: int, data: bytes) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # somebody has already taken out again what was put in
     try:
         os.fsync(file)
     finally:

@@ -127,7 +127,7 @@ def decode(data: bytes, job: JobKey, id: CheckpointId) -> Manifest:
             raise TypeError("meta is no object")
         files = tuple(_file(each, data_size) for each in value["files"])
         return Manifest(job, id, float(value["created"]), data_size, files, meta)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise CorruptCheckpoint(f"{name}: {error}", hint="use an older checkpoint") from error
 
 

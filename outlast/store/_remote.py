@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from outlast.errors import StoreRefused, StoreUnavailable
 from outlast.store import _wire
 from outlast.store._backend import LARGEST_READ, Entry, unfinished_name
 from outlast.store._sftp import Server, SshLink
-from outlast.store._wire import Attributes, Lost, Status, Wire
+from outlast.store._wire import Attributes, Link, Lost, Status, Wire
 
 # statvfs@openssh.com: f_bavail is the fifth of eleven numbers, f_frsize the second.
 _STATVFS = struct.Struct(">11Q")
@@ -27,10 +27,11 @@ class SftpBackend:
 
     mtime_step = 1.0  # version 3 of SFTP knows whole seconds only
 
-    def __init__(self, server: Server, root: str) -> None:
-        self._server = server
-        self._root = root
-        self._link: SshLink | None = None
+    def __init__(self, server: Server, root: str, connect: Callable[[Server], Link] = SshLink) -> None:
+        self.server = server
+        self.root = root
+        self._connect = connect
+        self._link: Link | None = None
         self._wire_: Wire | None = None
         self._held: dict[str, bytes] = {}  # names that touch() has open, and their handles
         self._clock: bytes | None = None
@@ -215,18 +216,18 @@ class SftpBackend:
         return True
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self.root}/{name}"
 
     def _open(self, wire: Wire, name: str, flags: int) -> bytes:
         """Open *name* for writing; makes directories that are missing."""
-        for _ in range(5):  # somebody may remove an empty directory between the two steps
+        for _ in range(9):  # somebody may remove an empty directory between the two steps
             try:
                 return wire.open(self._path(name), flags)
             except Status as status:
                 if status.code != _wire.NO_SUCH_FILE:
                     raise
                 self._make_directories(wire, name.rpartition("/")[0])
-        return wire.open(self._path(name), flags)
+        raise StoreUnavailable(f"{self.server}: {name}: its directory goes away as often as it is made")
 
     def _make_directories(self, wire: Wire, directory: str) -> None:
         parts = directory.split("/") if directory else []
@@ -274,9 +275,9 @@ class SftpBackend:
         """Return a session that works; connects if there is none."""
         if self._wire_ is None or self._wire_.lost or self._link is None or not self._link.is_open():
             self.close()
-            link = self._link = SshLink(self._server)
+            link = self._link = self._connect(self.server)
             wire = Wire(link)
-            if not stat.S_ISDIR(_mode(wire, self._root + "/.")):
+            if not stat.S_ISDIR(_mode(wire, self.root + "/.")):
                 self.close()
                 raise self._no_root()
             self._wire_ = wire
@@ -284,7 +285,7 @@ class SftpBackend:
 
     def _no_root(self) -> StoreRefused:
         return StoreRefused(
-            f"{self._server}: {self._root or '/'}: no such directory, as {self._server.user} sees it",
+            f"{self.server}: {self.root or '/'}: no such directory, as {self.server.user} sees it",
             hint="create it there, or correct the url of the [store]",
         )
 
@@ -295,7 +296,7 @@ class SftpBackend:
             yield self._wire()
         except (Lost, struct.error) as error:
             self.close()
-            raise StoreUnavailable(f"{self._server}: {doing}: {error}") from error
+            raise StoreUnavailable(f"{self.server}: {doing}: {error}") from error
         except StoreUnavailable:
             self.close()
             raise
@@ -304,23 +305,23 @@ class SftpBackend:
                 raise FileNotFoundError(f"{doing}: no such file") from status
             if status.code == _wire.CONNECTION_LOST:
                 self.close()
-                raise StoreUnavailable(f"{self._server}: {doing}: {status}") from status
+                raise StoreUnavailable(f"{self.server}: {doing}: {status}") from status
             raise self._refused(doing, status) from status
 
     def _refused(self, doing: str, status: Status) -> StoreRefused:
         if status.code == _wire.PERMISSION_DENIED:
             return StoreRefused(
-                f"{self._server}: {doing}: permission denied",
-                hint=f"{self._root or '/'} there must be writable for {self._server.user}",
+                f"{self.server}: {doing}: permission denied",
+                hint=f"{self.root or '/'} there must be writable for {self.server.user}",
             )
         # OpenSSH has one answer, "Failure", for a full disk and all that version 3 has no code for.
         free = self._free()
         if free is not None and free < _NO_SPACE:
             return StoreRefused(
-                f"{self._server}: {doing}: no space, {free} bytes left", hint="make room on the server"
+                f"{self.server}: {doing}: no space, {free} bytes left", hint="make room on the server"
             )
         return StoreRefused(
-            f"{self._server}: {doing}: the server says {str(status)!r}",
+            f"{self.server}: {doing}: the server says {str(status)!r}",
             hint="look at quota, limits and read-only file systems there, and into its log",
         )
 
@@ -330,7 +331,7 @@ class SftpBackend:
         if wire is None or wire.lost or b"statvfs@openssh.com" not in wire.extensions:
             return None
         try:
-            numbers = _STATVFS.unpack_from(wire.extended("statvfs@openssh.com", self._root + "/."))
+            numbers = _STATVFS.unpack_from(wire.extended("statvfs@openssh.com", self.root + "/."))
         except (Status, Lost, struct.error):
             return None
         return int(numbers[1] * numbers[4])

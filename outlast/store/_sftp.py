@@ -100,12 +100,12 @@ class SshLink:
             return data
 
     def is_open(self) -> bool:
-        """Whether the connection still stands, as far as this side knows."""
+        """See `Link.is_open`."""
         transport, channel = self._transport, self._channel
         return transport is not None and transport.is_active() and channel is not None and not channel.closed
 
     def close(self) -> None:
-        """End the connection; a wait in another thread ends with it."""
+        """See `Link.close`."""
         if self._transport is not None:
             self._transport.close()
 

@@ -46,6 +46,12 @@ class Link(Protocol):
     def receive(self) -> bytes:
         """Return the next bytes, at least one. Raises Lost: none came in time, or none will come."""
 
+    def is_open(self) -> bool:
+        """Whether the stream still stands, as far as this side knows."""
+
+    def close(self) -> None:
+        """End the stream; a wait in another thread ends with it."""
+
 
 class Lost(Exception):
     """The server does not answer, or no longer makes sense: the session is over."""

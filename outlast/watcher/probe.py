@@ -74,15 +74,16 @@ def _connect(nodes: Iterable[SchedulerNode], timeout: float) -> dict[str, set[in
 class Prober:
     """Remembers for how many cycles in a row each node answered, or did not."""
 
-    def __init__(self, cycle: float) -> None:
+    def __init__(self, cycle: float, timeout: float = ANSWER_SECONDS) -> None:
         """*cycle* is the least time in seconds between two questions that count as two."""
         self._cycle = cycle
+        self._timeout = timeout
         self._known: dict[str, tuple[Probe, float]] = {}
 
     def ask(self, nodes: Iterable[SchedulerNode]) -> Mapping[str, Probe]:
         """Ask *nodes*, and forget all others: what is not asked in each cycle does not count as in a row."""
         began = time.monotonic()
-        answers = ask(nodes)
+        answers = ask(nodes, self._timeout)
         known = {}
         for name, answered in answers.items():
             probe, since = self._known.get(name, (None, began))

@@ -39,10 +39,12 @@ extern spank_err_t spank_prepend_task_argv(spank_t sp, int argc, const char *arg
 /*
  * sbatch's own options, and the functions of libslurm that read and write them by name. They are in no header
  * of Slurm's, but the same in each release from 23.11 to 26.05, which exports them to its plugins. All weak:
- * without them the user is told what to write. opt is opaque; sbopt is in sbatch only, and tells it from salloc.
+ * without them the user is told what to write. opt is opaque; sbopt is in sbatch only and scopt in scrontab only,
+ * and tell them from salloc.
  */
 extern char opt[] __attribute__((weak));
 extern char sbopt[] __attribute__((weak));
+extern char scopt[] __attribute__((weak));
 extern char *slurm_option_get(void *options, const char *name) __attribute__((weak));
 extern int slurm_option_set(void *options, const char *name, const char *value, bool early)
 	__attribute__((weak));
@@ -72,6 +74,11 @@ static bool is_interval(const char *text)
 static int set_interval(int val, const char *text, int remote)
 {
 	(void) val;
+	if (scopt != NULL) {
+		slurm_error("outlast: scrontab gives no --checkpoint to its jobs; "
+			    "let the entry's command be sbatch --checkpoint=INTERVAL");
+		return -1;
+	}
 	if (text != NULL && is_interval(text)) {
 		snprintf(interval, sizeof(interval), "%s", text);
 		return 0;
@@ -123,7 +130,7 @@ static void choose_option(const char *name, const char *needed, const char *cont
 		if (slurm_option_set(opt, name, needed, false) != 0)
 			slurm_spank_log("outlast: sbatch did not take %s=%s: %s", name, needed, cost);
 	} else if (strncmp(chosen, needed, strlen(chosen)) != 0) {
-		slurm_spank_log("outlast: %s: %s; leave it out to change that", contrary, cost);
+		slurm_spank_log("outlast: %s: %s", contrary, cost);
 	}
 	if (slurm_xfree_ptr != NULL)
 		slurm_xfree_ptr(chosen);

@@ -18,8 +18,8 @@ PLUGIN_SOURCE = ROOT / "plugins" / "slurm"
 HOST_SOURCE = Path(__file__).parent / "spank_host" / "host.c"
 
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SHIM_OPTION = "outlast_checkpoint"
-INHERITED = "SLURM_SPANK__SLURM_SPANK_OPTION_" + SHIM_OPTION
+WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+INHERITED = "SLURM_SPANK__SLURM_SPANK_OPTION_outlast_checkpoint"
 BATCH_ONLY = "log outlast: --checkpoint acts on batch jobs only; this runs without checkpoints"
 
 Run = Callable[..., list[str]]
@@ -36,7 +36,7 @@ def _slurm_headers() -> Path | None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, need: Callable[[str, str | None], None]) -> Path:
-    """The plugin and three hosts, compiled: those of an older Slurm ("old"), sbatch and slurmstepd ("node")."""
+    """The plugin and four hosts, compiled: an older Slurm's, sbatch, scrontab and slurmstepd ("node")."""
     compiler = shutil.which("gcc")
     need("spank", None if compiler else "no gcc")
     headers = _slurm_headers()
@@ -47,11 +47,14 @@ def built(tmp_path_factory: pytest.TempPathFactory, need: Callable[[str, str | N
     # After the compiler's own directories: a root file system has a libc of its own beside Slurm.
     includes = ["-idirafter", str(headers)]
     _compile(["make", "-C", str(built), "CFLAGS=" + " ".join(SANITIZERS), "CPPFLAGS=" + " ".join(includes)])
-    for name, defined in (("old", []), ("sbatch", ["-DSBATCH"]), ("node", ["-DNODE"])):
-        _compile(
-            [compiler, *SANITIZERS, *includes, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-rdynamic", *defined]
-            + ["-o", str(built / name), str(HOST_SOURCE), "-ldl"]
-        )
+    for name, defined in (
+        ("old", []),
+        ("sbatch", ["-DSBATCH"]),
+        ("scrontab", ["-DSCRONTAB"]),
+        ("node", ["-DNODE"]),
+    ):
+        output = ["-rdynamic", "-o", str(built / name), str(HOST_SOURCE), "-ldl"]
+        _compile([compiler, *SANITIZERS, *WARNINGS, *includes, *defined, *output])
     return built
 
 
@@ -64,7 +67,9 @@ def _compile(command: list[str]) -> None:
 def run(built: Path) -> Run:
     """Runs a host and returns what it printed; a sanitizer's finding fails the test."""
 
-    def run_(host: str, where: str, *settings: str, refused: bool = False, inherited: bool = False) -> list[str]:
+    def run_(
+        host: str, where: str, *settings: str, refused: bool = False, inherited: bool = False
+    ) -> list[str]:
         environment = {"PATH": "/usr/bin:/bin"} | ({INHERITED: "10m"} if inherited else {})
         done = subprocess.run(
             [built / host, built / "spank_outlast.so", where, *settings],
@@ -79,7 +84,30 @@ def run(built: Path) -> Run:
     return run_
 
 
-@pytest.mark.parametrize("text", ["1s", "30s", "10m", "1h", "2d", "30d", "720h", "43200m", "2592000s"])
+TAKEN = ["1s", "30s", "10m", "1h", "2d", "30d", "720h", "43200m", "2592000s"]
+REFUSED = [
+    *(
+        "",
+        "m",
+        "s",
+        "10",
+        "10 m",
+        " 10m",
+        "10m ",
+        "10m\n",
+        "10M",
+        "10min",
+        "1h30m",
+        "10m;reboot",
+        "%s%n",
+        "٣m",
+    ),
+    *("0s", "00m", "010m", "1.5h", "-5m", "+5m", "31d", "721h", "2592001s", "9999999s", "10000000s"),
+    *("99999999999999999999s", "1" * 5000 + "s", "m" * 5000, "10m\n"),
+]
+
+
+@pytest.mark.parametrize("text", TAKEN)
 def test_plugin_takes_the_intervals_that_the_rest_takes(run: Run, text: str) -> None:
     lines = run("sbatch", "allocator", f"option={text}")
 
@@ -87,12 +115,7 @@ def test_plugin_takes_the_intervals_that_the_rest_takes(run: Run, text: str) -> 
     assert parse_interval(text) > 0
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "0s", "00m", "010m", "10", "m", "s", "10 m", " 10m", "10m ", "10M", "1.5h", "-5m", "+5m", "10min", "1h30m"]
-    + ["31d", "721h", "2592001s", "9999999s", "10000000s", "99999999999999999999s", "٣m", "10m\n", "m" * 5000]
-    + ["1" * 5000 + "s", "%s%n", "10m;reboot"],
-)
+@pytest.mark.parametrize("text", REFUSED)
 def test_plugin_refuses_what_the_rest_refuses_and_says_what_to_write(run: Run, text: str) -> None:
     lines = run("sbatch", "allocator", f"option={text}", refused=True)
 
@@ -131,18 +154,21 @@ def test_job_that_chose_nothing_is_appended_to_and_requeued(run: Run, chosen: tu
     assert lines[3:] == ["set open-mode append", "set requeue requeue", "slurm_spank_init_post_opt 0"]
 
 
-def test_users_own_choice_stands_and_its_cost_is_said(run: Run) -> None:
-    lines = run("sbatch", "allocator", "option=10m", "open-mode=truncate", "requeue=no-requeue")
+@pytest.mark.parametrize("mode", ["t", "truncate"])
+def test_users_own_choice_stands_and_its_cost_is_said(run: Run, mode: str) -> None:
+    lines = run("sbatch", "allocator", "option=10m", f"open-mode={mode}", "requeue=no-requeue")
 
     assert lines[3:] == [
-        "log outlast: you chose truncate: every restart empties the job's output file",
-        "log outlast: you chose no-requeue: the job is not started again when its node fails",
+        "log outlast: --open-mode=truncate: every restart empties the job's output file",
+        "log outlast: --no-requeue: the job is not restarted when its node fails",
         "slurm_spank_init_post_opt 0",
     ]
 
 
-def test_choice_that_the_plugin_would_make_is_left_as_it_is(run: Run) -> None:
-    lines = run("sbatch", "allocator", "option=10m", "open-mode=append", "requeue=requeue")
+# Slurm 23.11 to 26.05 give the open mode by its first letter.
+@pytest.mark.parametrize("mode", ["a", "append"])
+def test_choice_that_the_plugin_would_make_is_left_as_it_is(run: Run, mode: str) -> None:
+    lines = run("sbatch", "allocator", "option=10m", f"open-mode={mode}", "requeue=requeue")
 
     assert lines[3:] == ["slurm_spank_init_post_opt 0"]
 
@@ -161,6 +187,15 @@ def test_salloc_and_srun_say_that_the_flag_is_for_batch_jobs(run: Run, where: st
     assert run("old", where, "option=10m", f"name={name}").count(BATCH_ONLY) == 1
 
 
+def test_scrontab_refuses_the_flag_which_it_would_lose(run: Run) -> None:
+    lines = run("scrontab", "allocator", "option=10m", refused=True)
+
+    assert lines[2] == (
+        "error outlast: scrontab gives no --checkpoint to its jobs; "
+        "let the entry's command be sbatch --checkpoint=INTERVAL"
+    )
+
+
 def test_srun_that_inherited_the_flag_says_nothing(run: Run) -> None:
     assert BATCH_ONLY not in run("old", "local", "option=10m", "name=srun", inherited=True)
 
@@ -175,7 +210,11 @@ def test_job_without_the_flag_is_left_alone(run: Run, host: str, where: str) -> 
 def test_batch_script_is_put_behind_the_shim(run: Run) -> None:
     lines = run("node", "remote", "option=10m", "arg=shim=/bin/sh", "env=SLURM_JOB_NUM_NODES=1")
 
-    assert lines[4:] == [f"unsetenv {INHERITED}", "prepend /bin/sh --interval 10m --", "slurm_spank_task_init 0"]
+    assert lines[4:] == [
+        f"unsetenv {INHERITED}",
+        "prepend /bin/sh --interval 10m --",
+        "slurm_spank_task_init 0",
+    ]
 
 
 @pytest.mark.parametrize("step", ["0", "1", "4294967290", "4294967292"])

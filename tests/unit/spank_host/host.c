@@ -12,8 +12,8 @@
  *     step       the step's id, or "batch"
  *     env        NAME=VALUE in the job's environment
  *
- * With -DSBATCH it has what the plugin needs of sbatch, with -DNODE what it needs of slurmstepd 23.11 and later;
- * with neither it is an older Slurm.
+ * With -DSBATCH it has what the plugin needs of sbatch, with -DSCRONTAB what it knows scrontab by, with -DNODE what
+ * it needs of slurmstepd 23.11 and later; with none of them it is an older Slurm.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -149,6 +149,10 @@ void slurm_xfree_ptr(void *text)
 {
 	free(text);
 }
+#endif
+
+#ifdef SCRONTAB
+char scopt[1];
 #endif
 
 static int call(void *plugin, const char *name, int ac, char **av)

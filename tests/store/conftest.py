@@ -1,0 +1,118 @@
+"""The places that a store can be in, each a directory that the tests can also look into."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from outlast.config import StoreConfig
+from outlast.model import JobKey
+from outlast.store import Store, open_store
+from outlast.store._backend import Backend
+from outlast.store._local import LocalBackend
+from outlast.store._remote import SftpBackend
+from outlast.store._sftp import Server
+
+if TYPE_CHECKING:
+    from tests.conftest import Need, SshServer, StartSshd
+
+# What other servers lack of OpenSSH's extensions.
+_BARE = "internal-sftp -P posix-rename,fsync,limits,statvfs"
+
+
+@pytest.fixture(scope="session")
+def bare_sshd(start_sshd: StartSshd) -> SshServer:
+    """A server that speaks SFTP version 3 and nothing beyond it."""
+    return start_sshd(sftp=_BARE)
+
+
+@pytest.fixture(params=["local", "sftp", "bare-sftp"])
+def server(request: pytest.FixtureRequest) -> SshServer | None:
+    """The server of the store, or None for a store in a directory."""
+    fixture = {"local": None, "sftp": "sshd", "bare-sftp": "bare_sshd"}[request.param]
+    return request.getfixturevalue(fixture) if fixture else None
+
+
+@pytest.fixture
+def top(server: SshServer | None, tmp_path: Path) -> Path:
+    """The store's top directory, as this machine sees it: empty."""
+    if server is None:
+        directory = tmp_path / "store"
+    else:
+        directory = server.served / f"{tmp_path.parent.name}-{tmp_path.name}"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def config(server: SshServer | None, top: Path) -> StoreConfig:
+    return StoreConfig(url=f"file://{top}") if server is None else server.config(top)
+
+
+@pytest.fixture
+def store(config: StoreConfig) -> Iterator[Store]:
+    with open_store(config) as opened:
+        yield opened
+
+
+@pytest.fixture
+def backend(server: SshServer | None, top: Path) -> Iterator[Backend]:
+    opened: Backend = LocalBackend(top) if server is None else remote(server, top)
+    yield opened
+    opened.close()
+
+
+def remote(server: SshServer, top: Path) -> SftpBackend:
+    user, _, rest = server.url(top).removeprefix("sftp://").partition("@")
+    path = rest[rest.index("/") :]
+    return SftpBackend(Server(user, "127.0.0.1", server.port, server.key, server.known_hosts, 20.0), path)
+
+
+@pytest.fixture
+def job() -> JobKey:
+    return JobKey("testbed", "17")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Files like those of an image: large and small, in directories, with zeros and with holes."""
+    directory = tmp_path / "image"
+    (directory / "deep" / "er").mkdir(parents=True)
+    (directory / "core.img").write_bytes(b"CORE" + bytes(range(256)) * 9)
+    (directory / "empty").touch()
+    (directory / "pages-1.img").write_bytes(os.urandom(2 << 20) + bytes(3 << 20) + b"text " * 100_000)
+    (directory / "deep" / "er" / "zeros").write_bytes(bytes(5000))
+    with (directory / "deep" / "hole").open("wb") as file:
+        file.seek(8 << 20)
+        file.write(b"end")
+        file.truncate(20 << 20)
+    (directory / "core.img").chmod(0o640)
+    return directory
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, tuple[int, bytes]]]:
+    """Read the files below a directory: their paths, permission bits and content."""
+
+    def read(directory: Path) -> dict[str, tuple[int, bytes]]:
+        files = (path for path in directory.rglob("*") if path.is_file())
+        return {
+            str(path.relative_to(directory)): (path.stat().st_mode & 0o777, path.read_bytes())
+            for path in files
+        }
+
+    return read
+
+
+@pytest.fixture
+def small_disk(need: Need, top: Path) -> Iterator[Path]:
+    """The store's top directory on a disk of 6 MiB."""
+    need("root", None if os.geteuid() == 0 else "mounting needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "outlast-test", top], check=True)
+    yield top
+    subprocess.run(["umount", "-l", top], check=True)

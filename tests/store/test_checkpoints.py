@@ -1,0 +1,533 @@
+"""Checkpoints are complete or not there, and come back as they were: on every kind of store."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from outlast.config import StoreConfig
+from outlast.errors import CorruptCheckpoint, OutlastError, StoreRefused, StoreUnavailable, UsageError
+from outlast.model import CheckpointId, JobKey
+from outlast.store import Store, open_store
+from outlast.store._backend import Backend
+from outlast.store._manifest import File, Frame, Manifest, decode, encode
+
+Tree = Callable[[Path], dict[str, tuple[int, bytes]]]
+T = TypeVar("T")
+FIRST, SECOND, THIRD = CheckpointId(0, 1), CheckpointId(0, 2), CheckpointId(1, 1)
+
+
+def stored_names(top: Path) -> list[str]:
+    return sorted(str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir())
+
+
+# --- publish, checkpoints, fetch, forget --------------------------------------------------------------
+
+
+def test_checkpoint_comes_back_as_it_was(
+    store: Store, job: JobKey, source: Path, tree: Tree, tmp_path: Path
+) -> None:
+    meta = {"node": "n1", "pid": 4711, "files": [{"path": "/tmp/out", "size": 3}]}
+    published = store.publish(job, FIRST, source, meta)
+    store.fetch(job, FIRST, tmp_path / "fetched")
+
+    assert tree(tmp_path / "fetched") == tree(source)
+    assert (tmp_path / "fetched").stat().st_mode & 0o777 == 0o700
+    assert store.checkpoints(job) == [published]
+    assert published.meta == meta
+    assert published.image_bytes == sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".fetched")]
+
+
+def test_holes_and_zeros_cost_nothing_here_and_there(
+    store: Store, job: JobKey, source: Path, top: Path, tmp_path: Path
+) -> None:
+    os.truncate(source / "deep/hole", 1 << 40)
+    published = store.publish(job, FIRST, source, {})
+    store.fetch(job, FIRST, tmp_path / "fetched")
+
+    assert published.image_bytes > 1 << 40
+    assert published.stored_bytes < 3 << 20
+    assert sum((top / name).stat().st_size for name in stored_names(top)) < 3 << 20
+    assert (tmp_path / "fetched/deep/hole").stat().st_blocks * 512 < 2 << 20
+
+
+def test_tree_of_the_store_is_as_documented(store: Store, job: JobKey, source: Path, top: Path) -> None:
+    store.publish(job, THIRD, source, {})
+
+    assert stored_names(top) == ["jobs/testbed/17/ckpt/1-1.json", "jobs/testbed/17/data/1-1.bin"]
+
+
+def test_only_regular_files_are_shipped_and_the_others_named_in_the_log(
+    store: Store, job: JobKey, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source / "link").symlink_to("/etc/passwd")
+    os.mkfifo(source / "pipe")
+    store.publish(job, FIRST, source, {})
+    store.fetch(job, FIRST, tmp_path / "fetched")
+
+    assert not (tmp_path / "fetched/link").is_symlink()
+    assert not (tmp_path / "fetched/pipe").exists()
+    assert str(source / "link") in caplog.text
+    assert str(source / "pipe") in caplog.text
+
+
+def test_source_that_is_not_there_is_an_error(store: Store, job: JobKey, tmp_path: Path, top: Path) -> None:
+    with pytest.raises(OutlastError, match="no-such"):
+        store.publish(job, FIRST, tmp_path / "no-such", {})
+    assert stored_names(top) == []
+
+
+def test_id_that_exists_is_refused_and_untouched(
+    store: Store, job: JobKey, source: Path, top: Path, tmp_path: Path, tree: Tree
+) -> None:
+    store.publish(job, FIRST, source, {"who": "first"})
+    before = stored_names(top)
+    (source / "more").write_bytes(b"more")
+
+    with pytest.raises(StoreRefused, match=r"17@0\.1"):
+        store.publish(job, FIRST, source, {"who": "second"})
+    assert stored_names(top) == before
+    store.fetch(job, FIRST, tmp_path / "fetched")
+    assert "more" not in tree(tmp_path / "fetched")
+
+
+def test_of_two_that_publish_an_id_at_once_one_wins(
+    config: StoreConfig, store: Store, job: JobKey, source: Path, tmp_path: Path, tree: Tree
+) -> None:
+    sources = {"a": source, "b": tmp_path / "b"}
+    shutil.copytree(source, sources["b"])
+    (sources["b"] / "more").write_bytes(b"more")
+    for seq in range(1, 6):
+        id = CheckpointId(0, seq)
+        barrier = threading.Barrier(2, timeout=20)
+        won: list[str] = []
+
+        def publish(
+            name: str, id: CheckpointId = id, won: list[str] = won, barrier: threading.Barrier = barrier
+        ) -> None:
+            with open_store(config) as mine:
+                mine.checkpoints(job)  # connects
+                barrier.wait()
+                with contextlib.suppress(StoreRefused):
+                    mine.publish(job, id, sources[name], {"who": name})
+                    won.append(name)
+
+        threads = [threading.Thread(target=publish, args=name) for name in sources]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+
+        assert len(won) == 1
+        assert store.checkpoints(job)[0].meta == {"who": won[0]}
+        store.fetch(job, id, tmp_path / f"fetched-{seq}")
+        assert tree(tmp_path / f"fetched-{seq}") == tree(sources[won[0]])
+
+
+def test_newest_checkpoint_comes_first(store: Store, job: JobKey, source: Path) -> None:
+    for id in (CheckpointId(0, 9), CheckpointId(1, 1), CheckpointId(0, 10)):
+        store.publish(job, id, source, {})
+
+    ids = [checkpoint.id for checkpoint in store.checkpoints(job)]
+    assert ids == [CheckpointId(1, 1), CheckpointId(0, 10), CheckpointId(0, 9)]
+    assert store.checkpoints(JobKey("testbed", "18")) == []
+
+
+def test_fetching_what_is_not_there_is_an_error(store: Store, job: JobKey, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"17@0\.1"):
+        store.fetch(job, FIRST, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+def test_fetching_into_something_that_exists_is_an_error(
+    store: Store, job: JobKey, source: Path, tmp_path: Path
+) -> None:
+    store.publish(job, FIRST, source, {})
+    (tmp_path / "fetched").mkdir()
+
+    with pytest.raises(UsageError, match="exists"):
+        store.fetch(job, FIRST, tmp_path / "fetched")
+    assert list((tmp_path / "fetched").iterdir()) == []
+
+
+def test_forgetting_keeps_the_newest_and_their_bytes(
+    store: Store, job: JobKey, source: Path, top: Path, tmp_path: Path, tree: Tree
+) -> None:
+    for seq in range(1, 6):
+        store.publish(job, CheckpointId(0, seq), source, {})
+
+    assert store.forget(job, 2) == 3
+    assert store.forget(job, 2) == 0
+    assert [checkpoint.id.seq for checkpoint in store.checkpoints(job)] == [5, 4]
+    assert len(stored_names(top)) == 4
+    store.fetch(job, CheckpointId(0, 4), tmp_path / "fetched")
+    assert tree(tmp_path / "fetched") == tree(source)
+    with pytest.raises(UsageError):
+        store.forget(job, 0)
+
+
+def test_forgetting_removes_older_leftovers_and_leaves_what_may_be_under_way(
+    store: Store, job: JobKey, source: Path, top: Path
+) -> None:
+    store.publish(job, CheckpointId(1, 5), source, {})
+    data = top / "jobs/testbed/17/data"
+    for name in ("1-4.bin", "0-9.bin.0123456789ab.tmp", "1-6.bin", "1-7.bin.0123456789ab.tmp", "README"):
+        (data / name).write_bytes(b"part")
+    (top / "jobs/testbed/17/ckpt/1-3.json").write_bytes(b"{")
+
+    assert store.forget(job, 2) == 0
+    assert sorted(path.name for path in data.iterdir()) == [
+        "1-5.bin",
+        "1-6.bin",
+        "1-7.bin.0123456789ab.tmp",
+        "README",
+    ]
+    assert [path.name for path in (top / "jobs/testbed/17/ckpt").iterdir()] == ["1-5.json"]
+
+
+def test_nothing_is_forgotten_while_no_checkpoint_is_good(store: Store, job: JobKey, top: Path) -> None:
+    (top / "jobs/testbed/17/ckpt").mkdir(parents=True)
+    (top / "jobs/testbed/17/ckpt/1-3.json").write_bytes(b"{")
+
+    assert store.forget(job, 1) == 0
+    assert stored_names(top) == ["jobs/testbed/17/ckpt/1-3.json"]
+
+
+def test_image_larger_than_memory_allows_goes_through(
+    store: Store, job: JobKey, small_disk: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "large"
+    source.mkdir()
+    (source / "a").write_bytes(os.urandom(10 << 20))
+
+    with pytest.raises(StoreRefused):
+        store.publish(job, FIRST, source, {})
+    assert stored_names(small_disk) == []
+    assert store.checkpoints(job) == []
+    (source / "a").write_bytes(os.urandom(2 << 20))
+    store.publish(job, SECOND, source, {})
+    assert [checkpoint.id for checkpoint in store.checkpoints(job)] == [SECOND]
+
+
+# --- round trip ---------------------------------------------------------------------------------------
+
+_PARTS = st.binary(min_size=1, max_size=12).filter(
+    lambda part: not set(part) & set(b"/\0") and part not in (b".", b"..")
+)
+_CONTENTS = st.lists(
+    st.one_of(
+        st.binary(max_size=200),
+        st.tuples(st.sampled_from(["zeros", "random", "text", "hole"]), st.integers(1, 3 << 20)),
+    ),
+    max_size=4,
+)
+_TREES = st.dictionaries(st.lists(_PARTS, min_size=1, max_size=3).map(tuple), _CONTENTS, max_size=5)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(tree_=_TREES, mode=st.sampled_from([0o600, 0o644, 0o755, 0o400]))
+def test_any_tree_of_files_comes_back(
+    store: Store, job: JobKey, tree: Tree, tree_: dict[tuple[bytes, ...], list[Any]], mode: int
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "source").mkdir()
+        for parts, contents in tree_.items():
+            path = (directory / "source").joinpath(*map(os.fsdecode, parts))
+            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, contents)
+                path.chmod(mode)
+        id = CheckpointId(0, next(_NUMBERS))
+        store.publish(job, id, directory / "source", {})
+        store.fetch(job, id, directory / "fetched")
+
+        assert tree(directory / "fetched") == tree(directory / "source")
+
+
+_NUMBERS = itertools.count(1)
+
+
+def write(path: Path, contents: list[Any]) -> None:
+    with path.open("xb") as file:
+        for content in contents:
+            if isinstance(content, bytes):
+                file.write(content)
+                continue
+            kind, size = content
+            if kind == "hole":
+                file.seek(size, os.SEEK_CUR)
+            else:
+                file.write(
+                    {"zeros": bytes(size), "random": os.urandom(size), "text": b"page" * (size // 4)}[kind]
+                )
+        file.truncate(file.tell())
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(store: Store, job: JobKey, source: Path) -> None:
+    """Two complete checkpoints."""
+    for id in (FIRST, SECOND):
+        store.publish(job, id, source, {})
+
+
+def expect_fallback(config: StoreConfig, job: JobKey, tmp_path: Path, *, seen: bool = False) -> None:
+    """The second checkpoint is refused and leaves nothing behind; the first is whole."""
+    with open_store(config) as store:
+        ids = [checkpoint.id for checkpoint in store.checkpoints(job)]
+        assert ids == ([SECOND, FIRST] if seen else [FIRST])
+        before = set(tmp_path.iterdir())
+        with pytest.raises(CorruptCheckpoint):
+            store.fetch(job, SECOND, tmp_path / "fetched")
+        assert set(tmp_path.iterdir()) == before
+        store.fetch(job, FIRST, tmp_path / "fetched")
+        shutil.rmtree(tmp_path / "fetched")
+
+
+@pytest.mark.usefixtures("two")
+def test_torn_manifest_is_refused(config: StoreConfig, job: JobKey, top: Path, tmp_path: Path) -> None:
+    manifest = top / "jobs/testbed/17/ckpt/0-2.json"
+    whole = manifest.read_bytes()
+    for size in (0, 1, 50, len(whole) // 2, len(whole) - 80, len(whole) - 1):
+        manifest.write_bytes(whole[:size])
+
+        expect_fallback(config, job, tmp_path)
+
+
+@pytest.mark.usefixtures("two")
+def test_garbled_manifest_is_refused(config: StoreConfig, job: JobKey, top: Path, tmp_path: Path) -> None:
+    manifest = top / "jobs/testbed/17/ckpt/0-2.json"
+    whole = manifest.read_bytes()
+    for position in (0, 15, len(whole) // 3, len(whole) - 79, len(whole) - 30, len(whole) - 1):
+        garbled = bytearray(whole)
+        garbled[position] ^= 1
+        manifest.write_bytes(garbled)
+
+        expect_fallback(config, job, tmp_path)
+
+
+@pytest.mark.usefixtures("two")
+def test_manifest_of_another_checkpoint_is_refused(
+    config: StoreConfig, job: JobKey, top: Path, tmp_path: Path
+) -> None:
+    directory = top / "jobs/testbed/17/ckpt"
+    shutil.copy(directory / "0-1.json", directory / "0-2.json")
+
+    expect_fallback(config, job, tmp_path)
+
+
+@pytest.mark.usefixtures("two")
+def test_torn_or_missing_data_is_refused(config: StoreConfig, job: JobKey, top: Path, tmp_path: Path) -> None:
+    data = top / "jobs/testbed/17/data/0-2.bin"
+    whole = data.read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 1):
+        data.write_bytes(whole[:size])
+
+        expect_fallback(config, job, tmp_path)
+    data.unlink()
+    expect_fallback(config, job, tmp_path)
+
+
+@pytest.mark.usefixtures("two")
+def test_garbled_data_is_refused(config: StoreConfig, job: JobKey, top: Path, tmp_path: Path) -> None:
+    data = top / "jobs/testbed/17/data/0-2.bin"
+    whole = data.read_bytes()
+    for position in (0, len(whole) // 2, len(whole) - 1):
+        garbled = bytearray(whole)
+        garbled[position] ^= 0x10
+        data.write_bytes(garbled)
+
+        expect_fallback(config, job, tmp_path, seen=True)
+
+
+@pytest.mark.usefixtures("two")
+def test_damaged_checkpoint_is_named_in_the_log(
+    store: Store, job: JobKey, top: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (top / "jobs/testbed/17/ckpt/0-2.json").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        store.checkpoints(job)
+
+    assert "17@0.2" in caplog.text
+
+
+# --- manifests with a right digest and wrong content --------------------------------------------------
+
+
+def plant(top: Path, job: JobKey, data: bytes, *files: File) -> None:
+    """Store the checkpoint FIRST with a manifest as somebody would make it who can compute its digest."""
+    for name, content in (
+        ("ckpt/0-1.json", encode(Manifest(job, FIRST, 1.0, len(data), files, {}))),
+        ("data/0-1.bin", data),
+    ):
+        path = top / "jobs" / str(job) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def raw(data: bytes) -> tuple[Frame, ...]:
+    return (Frame("raw", len(data), 0, len(data), hashlib.sha256(data).hexdigest()),)
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/evil", "../evil", "a/../../evil", "a/..", "", ".", "a//b", "a/", "./a", "a\0b"]
+)
+def test_path_that_leads_elsewhere_is_refused(
+    store: Store, job: JobKey, top: Path, tmp_path: Path, path: str
+) -> None:
+    plant(top, job, b"evil", File(path, 0o644, 4, raw(b"evil")))
+
+    assert store.checkpoints(job) == []
+    with pytest.raises(CorruptCheckpoint):
+        store.fetch(job, FIRST, tmp_path / "fetched")
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+
+
+@pytest.mark.parametrize("second", ["a", "a/b"])
+def test_path_that_comes_twice_is_refused(
+    store: Store, job: JobKey, top: Path, tmp_path: Path, second: str
+) -> None:
+    plant(top, job, b"data", *(File(path, 0o644, 4, raw(b"data")) for path in ("a", second)))
+
+    with pytest.raises(CorruptCheckpoint):
+        store.fetch(job, FIRST, tmp_path / "fetched")
+
+
+@pytest.mark.parametrize("length", [999, 1001, 1 << 20])
+def test_frame_that_unpacks_to_another_length_is_refused(
+    store: Store, job: JobKey, top: Path, tmp_path: Path, length: int
+) -> None:
+    packed = zlib.compress(b"x" * 1000)
+    frame = dataclasses.replace(raw(packed)[0], codec="zlib", length=length)
+    plant(top, job, packed, File("a", 0o644, length, (frame,)))
+
+    with pytest.raises(CorruptCheckpoint):
+        store.fetch(job, FIRST, tmp_path / "fetched")
+
+
+def test_special_permission_bits_are_not_brought_back(
+    store: Store, job: JobKey, top: Path, tmp_path: Path
+) -> None:
+    plant(top, job, b"data", File("a", 0o6755, 4, raw(b"data")))
+    store.fetch(job, FIRST, tmp_path / "fetched")
+
+    assert (tmp_path / "fetched/a").stat().st_mode & 0o7777 == 0o755
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_manifest_with_any_wrong_value_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
+    job = JobKey("testbed", "17")
+    files = (File("a/b", 0o644, 14, (*raw(b"data"), Frame("hole", 10))), File("c", 0o600, 0, ()))
+    value = json.loads(encode(Manifest(job, FIRST, 1.0, 4, files, {"x": 1})))
+    del value["sha256"]
+    place: Any = value
+    key: Any = data.draw(st.sampled_from(sorted(value)))
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    place[key] = data.draw(_JSON)
+    body = json.dumps(value, separators=(",", ":")).encode()[:-1]
+    line = body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+    with contextlib.suppress(CorruptCheckpoint):
+        assert isinstance(decode(line, job, FIRST), Manifest)
+
+
+# --- a store that fails at any of its calls -----------------------------------------------------------
+
+
+class Failing:
+    """Fails a backend once, at its n-th step, before the step or after it. A chunk is a step, too."""
+
+    def __init__(self, backend: Backend, n: int, *, after: bool) -> None:
+        self._backend = backend
+        self._left = n
+        self._after = after
+
+    @property
+    def has_failed(self) -> bool:
+        return self._left <= 0
+
+    def _step(self, call: Callable[[], T]) -> T:
+        self._left -= 1
+        failing = self._left == 0
+        if failing and not self._after:
+            raise StoreUnavailable("the connection broke before it")
+        result = call()
+        if failing:
+            raise StoreUnavailable("the connection broke after it")
+        return result
+
+    def create(self, name: str, chunks: Iterable[bytes]) -> int:
+        steps = (self._step(functools.partial(bytes, chunk)) for chunk in chunks)
+        return self._step(lambda: self._backend.create(name, steps))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._backend, name)
+        return lambda *args, **options: self._step(lambda: method(*args, **options))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_publish_that_fails_anywhere_leaves_all_or_nothing(
+    backend: Backend, job: JobKey, source: Path, tmp_path: Path, tree: Tree, after: bool
+) -> None:
+    store = Store(backend)
+    expected = tree(source)
+    before: list[CheckpointId] = []
+    complete = 0
+    for n in itertools.count(1):
+        id, second = CheckpointId(n, 1), CheckpointId(n, 2)
+        failing = Failing(backend, n, after=after)
+        with contextlib.suppress(StoreUnavailable):
+            Store(cast(Backend, failing)).publish(job, id, source, {})
+        if not failing.has_failed:
+            break
+        seen = [checkpoint.id for checkpoint in store.checkpoints(job)]
+        assert seen in (before, [id, *before])
+        if id in seen:
+            complete += 1
+            store.fetch(job, id, tmp_path / "fetched")
+            assert tree(tmp_path / "fetched") == expected
+            shutil.rmtree(tmp_path / "fetched")
+
+        store.publish(job, second, source, {})
+        assert store.checkpoints(job)[0].id == second
+        store.forget(job, 1)
+        assert [entry.name for entry in backend.list("jobs/testbed/17/data")] == [f"{n}-2.bin"]
+        before = [second]
+
+    assert n > 9
+    assert complete == (1 if after else 0)  # the very last step is the one that makes it complete
