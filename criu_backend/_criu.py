@@ -206,8 +206,8 @@ class Criu:
         Args:
             uid: the job's owner; images of anybody else's processes are refused.
             dumped_by: CRIU's version that wrote the images.
-            inherit: which of the standard descriptors (0, 1, 2) of *context* take the place of which open file
-                of the tree, in CRIU's words, such as (1, "pipe:[4711]").
+            inherit: which of the standard descriptors (0, 1, 2) of *context* take the place of which open
+                file of the tree, in CRIU's words, such as (1, "pipe:[4711]").
 
         Raises:
             CriuError: it did not work; nothing is left running. CapsuleError likewise, before CRIU ran.

@@ -266,13 +266,13 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], None], *, shown: bool = True
     ) -> argparse.ArgumentParser:
         text = run.__doc__ or ""
-        help_ = {"help": text.splitlines()[0]} if shown else {}
+        form: dict[str, Any] = {"help": text.splitlines()[0]} if shown else {}
         sub = commands.add_parser(
             name,
             description=text,
             epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **help_,
+            **form,
         )
         sub.set_defaults(run=run)
         sub.add_argument("--store", metavar="DIR|URL", help="use this store, not the configured one")

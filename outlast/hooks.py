@@ -1,4 +1,4 @@
-"""What a scheduler's hooks ask for, each one bounded step: start a manager, tell it or the watcher of an end."""
+"""What a scheduler's hooks ask for, each a bounded step: start a manager; tell it or the watcher of an end."""
 
 from __future__ import annotations
 

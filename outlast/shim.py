@@ -54,9 +54,7 @@ def say(text: str) -> None:
 def run_without(argv: list[str], why: str) -> None:
     """Become the job itself, without checkpoints; a job that has been requeued is not started again."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        say(
-            f"{why}; the job was restarted, and is not begun again from its start while it may have checkpoints"
-        )
+        say(f"{why}; the job was restarted, and is not begun from its start while it may have checkpoints")
         say("see that outlast works on this node, then requeue the job: scontrol requeue JOB")
         sys.exit(_TEMPORARY_FAILURE)
     say(f"{why}; the job runs without checkpoints")

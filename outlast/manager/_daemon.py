@@ -242,7 +242,7 @@ class Manager:
         self._end(status)
 
     def _end(self, status: int | None) -> None:
-        """The job has ended: with exit code *status*, by signal -*status*, or (None) killed with its capsule."""
+        """The job has ended: with code *status*, by signal -*status*, or (None) killed with its capsule."""
         checkpointer = self._checkpointer
         if status is None:
             self._events.add("killed", "the job was ended with its capsule")
@@ -251,7 +251,7 @@ class Manager:
             self._events.add("ended", f"the job ended {how}", status=status)
         if checkpointer is not None:
             checkpointer.finish()
-            # The work is done, and its last checkpoint of no more use; another end may be followed by a restart.
+            # The work is done, and its last checkpoint of no more use; a restart may follow another end.
             if status != 0:
                 checkpointer.join(_LAST_UPLOAD_SECONDS)
         self._leased.clear()

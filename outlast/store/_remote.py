@@ -40,13 +40,8 @@ class SftpBackend:
         """See `Backend.create`."""
         temporary = unfinished_name(name)
         with self._session(f"writing {name}") as wire:
-            handle = self._open(wire, temporary, _wire.FOR_WRITING | _wire.CREATING | _wire.EXCLUSIVE)
             try:
-                try:
-                    size = wire.write(handle, chunks)
-                finally:
-                    if not wire.lost:
-                        wire.close(handle)
+                size = self._write(wire, temporary, chunks)
                 self._publish(wire, temporary, name)
             except BaseException:
                 self._discard(wire, temporary)
@@ -57,18 +52,11 @@ class SftpBackend:
         """See `Backend.replace`. A server without posix-rename has neither file for a moment."""
         temporary = unfinished_name(name)
         with self._session(f"writing {name}") as wire:
-            handle = self._open(wire, temporary, _wire.FOR_WRITING | _wire.CREATING | _wire.EXCLUSIVE)
             try:
-                try:
-                    wire.write(handle, [data])
-                finally:
-                    if not wire.lost:
-                        wire.close(handle)
+                self._write(wire, temporary, [data])
                 if b"posix-rename@openssh.com" in wire.extensions:
-                    arguments = map(
-                        _wire.text, ("posix-rename@openssh.com", self._path(temporary), self._path(name))
-                    )
-                    _wire.check(*wire.call(_wire.EXTENDED, b"".join(arguments)))
+                    names = ("posix-rename@openssh.com", self._path(temporary), self._path(name))
+                    _wire.check(*wire.call(_wire.EXTENDED, b"".join(map(_wire.text, names))))
                 else:
                     self._remove(wire, name)
                     self._publish(wire, temporary, name)
@@ -228,6 +216,18 @@ class SftpBackend:
                     raise
                 self._make_directories(wire, name.rpartition("/")[0])
         raise StoreUnavailable(f"{self.server}: {name}: its directory goes away as often as it is made")
+
+    def _write(self, wire: Wire, name: str, chunks: Iterable[bytes]) -> int:
+        """Write the new file *name* whole; return its size."""
+        handle = self._open(wire, name, _wire.FOR_WRITING | _wire.CREATING | _wire.EXCLUSIVE)
+        try:
+            return wire.write(handle, chunks)
+        except Status as status:
+            # Turned into words here, before the caller removes the file and there is room again.
+            raise self._refused(f"writing {name}", status) from status
+        finally:
+            if not wire.lost:
+                wire.close(handle)
 
     def _make_directories(self, wire: Wire, directory: str) -> None:
         parts = directory.split("/") if directory else []

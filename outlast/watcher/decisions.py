@@ -173,29 +173,41 @@ def decide(snapshot: Snapshot, config: Config) -> tuple[Decision, ...]:
 def suspects(
     leases: Iterable[LeaseView], jobs: Iterable[SchedulerJob], nodes: Iterable[SchedulerNode], config: Config
 ) -> tuple[SchedulerNode, ...]:
-    """Return the nodes that have to be asked whether they live, before `decide` can tell."""
+    """Return the nodes that have to be asked whether they live, before `decide` can tell.
+
+    They are asked before a lease has run out, so that nothing is left to wait for when it has.
+    """
     known = {job.job_id: job for job in jobs}
     names = set()
     for view in leases:
         job = known.get(view.lease.job.job_id)
-        if job is not None and job.state is JobState.RUNNING and _is_silent(view, job, config):
+        if (
+            job is not None
+            and job.state is JobState.RUNNING
+            and _is_run_of(view, job)
+            and is_late(view, config)
+        ):
             names.add(view.lease.node)
     return tuple(node for node in nodes if node.name in names and node.up)
 
 
-def _is_silent(view: LeaseView, job: SchedulerJob, config: Config) -> bool:
-    """Whether this very run has let its lease run out, on a node that the scheduler gave it."""
-    lease = view.lease
-    return lease.epoch == job.epoch and lease.node in job.nodes and view.age > config.lease.ttl
+def is_late(view: LeaseView, config: Config) -> bool:
+    """Whether a lease should have been renewed by now, though it may not have run out yet."""
+    return view.age > (config.lease.renew + config.lease.ttl) / 2
+
+
+def _is_run_of(view: LeaseView, job: SchedulerJob) -> bool:
+    """Whether the lease is of this very run, on a node that the scheduler gave it."""
+    return view.lease.epoch == job.epoch and view.lease.node in job.nodes
 
 
 def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Config) -> Decision:
     lease, run = view.lease, Run(job.job_id, job.epoch)
-    if not _is_silent(view, job, config):
-        if lease.epoch != job.epoch:
-            return Leave(run, f"the lease is of run {lease.epoch}; run {job.epoch} has none yet")
-        if lease.node not in job.nodes:
-            return Leave(run, f"the lease is from {lease.node}, where the scheduler does not run the job")
+    if lease.epoch != job.epoch:
+        return Leave(run, f"the lease is of run {lease.epoch}; run {job.epoch} has none yet")
+    if lease.node not in job.nodes:
+        return Leave(run, f"the lease is from {lease.node}, where the scheduler does not run the job")
+    if view.age <= config.lease.ttl:
         return Leave(run, f"the lease runs {config.lease.ttl - view.age:.0f} s more")
     node = next((node for node in snapshot.nodes if node.name == lease.node), None)
     if node is None:
@@ -213,8 +225,8 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if probe.times < _SILENT_CYCLES:
         return Leave(run, f"{node.name} did not answer once; it is asked again")
     reason = (
-        f"no sign of job {job.job_id} for {view.age:.0f} s, "
-        f"and no answer from {node.address} port {node.port} in {_SILENT_CYCLES} tries"
+        f"no lease was renewed there for {view.age:.0f} s, "
+        f"and there is no answer from {node.address} port {node.port} in {_SILENT_CYCLES} tries"
     )
     if not config.watcher.mark_down:
         return Leave(run, f"{reason}; left to the scheduler, as [watcher] mark_down is false", "node-silent")

@@ -27,6 +27,7 @@ from outlast.watcher.decisions import (
     Run,
     Snapshot,
     decide,
+    is_late,
     suspects,
 )
 from outlast.watcher.probe import Prober
@@ -108,8 +109,7 @@ class Loop:
         if time.monotonic() - self._looked >= _LOOK_SECONDS:
             return True
         return any(
-            view.age > self._config.lease.ttl
-            and Run(view.lease.job.job_id, view.lease.epoch) not in self._settled
+            is_late(view, self._config) and Run(view.lease.job.job_id, view.lease.epoch) not in self._settled
             for view in self.leases
         )
 
@@ -188,8 +188,8 @@ class Loop:
             self._done.append(Done(now, event, run, target, refused))
             if refused and seen:
                 continue
-            text = f"{event.replace('-', ' ')}{f' {target}' if target else ''}: {reason}"
-            log.log(logging.WARNING if refused else logging.INFO, "job %s: %s", run.job_id, text)
+            text = f"{target}: {reason}" if target else reason
+            log.log(logging.WARNING if refused else logging.INFO, "job %s: %s: %s", run.job_id, event, text)
             entry = {
                 "time": now,
                 "node": socket.gethostname().split(".")[0],

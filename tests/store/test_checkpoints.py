@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -211,7 +211,7 @@ def test_nothing_is_forgotten_while_no_checkpoint_is_good(store: Store, job: Job
     assert stored_names(top) == ["jobs/testbed/17/ckpt/1-3.json"]
 
 
-def test_image_larger_than_memory_allows_goes_through(
+def test_store_without_room_refuses_and_shows_nothing_half_done(
     store: Store, job: JobKey, small_disk: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "large"

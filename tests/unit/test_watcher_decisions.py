@@ -61,7 +61,9 @@ def leave(reason: str, tell: str = "", *, epoch: int = 0) -> Leave:
     return Leave(Run("17", epoch), reason, tell)
 
 
-DEAD_REASON = "no sign of job 17 for 6 s, and no answer from 198.18.0.11 port 6818 in 2 tries"
+DEAD_REASON = (
+    "no lease was renewed there for 6 s, and there is no answer from 198.18.0.11 port 6818 in 2 tries"
+)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,8 @@ def test_only_nodes_whose_jobs_are_silent_are_asked() -> None:
     leases = (LeaseView(LEASE, 6.0), LeaseView(Lease(JobKey("c", "18"), 0, "n2", 2000), 1.0))
 
     assert suspects(leases, (JOB, quiet), nodes, CONFIG) == (ALIVE,)
+    assert suspects((LeaseView(LEASE, 3.1),), (JOB,), nodes, CONFIG) == (ALIVE,)
+    assert suspects((LeaseView(LEASE, 2.9),), (JOB,), nodes, CONFIG) == ()
     assert suspects(leases, (JOB, quiet), (DEAD,), CONFIG) == ()
 
 

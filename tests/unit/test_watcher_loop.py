@@ -185,6 +185,15 @@ def test_a_dead_node_is_marked_down_and_its_job_kept_away_from_it(site: Site, si
     assert site.events("4") == ["node-marked-down", "node-excluded"]
 
 
+def test_a_silent_node_is_asked_before_the_lease_has_run_out(site: Site, silent: int) -> None:
+    site.show("running", port=silent)
+    site.lease("4", age=0.6)
+    loop = site.loop()
+
+    assert [kinds(loop.cycle()) for _ in range(2)] == [[Leave], [MarkDown]]
+    assert site.store.leases("c")[0].age > 1.0
+
+
 def test_a_node_whose_kernel_refuses_is_left_alone_and_its_owner_told_once(site: Site, refusing: int) -> None:
     site.show("running", port=refusing)
     site.lease("4", age=2.0)
@@ -334,31 +343,15 @@ def test_owners_see_their_jobs_and_nobody_elses(site: Site, refusing: int) -> No
     stored = site.store.publish(JobKey("c", "4"), CheckpointId(0, 3), site.here / "image", meta)
     site.store.append_events(JobKey("c", "4"), "manager", [{"time": 1.0, "node": "n1", "event": "started"}])
     site.lease("4")
-    row = {
-        "name": "4@0.3",
-        "epoch": 0,
-        "seq": 3,
-        "created": stored.created,
-        "node": "n1",
-        "image_bytes": 5000,
-        "stored_bytes": stored.stored_bytes,
-        "pause_ms": 12.5,
-    }
+    sizes = {"image_bytes": 5000, "stored_bytes": stored.stored_bytes}
+    row = {"name": "4@0.3", "created": stored.created, **meta, **sizes}
+    job = {"job_id": "4", "name": "runner", "state": "RUNNING", "nodes": ["n1"], "epoch": 0, "uid": ALICE}
     with site.daemon():
         wait_for(lambda: site.ask(0, op="status")["jobs"][0]["lease_age"] is not None)
         (status,) = site.ask(ALICE, op="status")["jobs"]
 
         assert status.pop("lease_age") >= 0
-        assert status == {
-            "job_id": "4",
-            "name": "runner",
-            "state": "RUNNING",
-            "nodes": ["n1"],
-            "epoch": 0,
-            "uid": ALICE,
-            "checkpoints": 1,
-            "newest": row,
-        }
+        assert status == {**job, "checkpoints": 1, "newest": row}
         assert [job["job_id"] for job in site.ask(BOB, op="status")["jobs"]] == ["8"]
         assert [job["job_id"] for job in site.ask(0, op="status")["jobs"]] == ["4", "8"]
         assert site.ask(ALICE, op="list", job="4") == {"checkpoints": [row]}
