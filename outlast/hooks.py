@@ -17,7 +17,7 @@ _RUNTIME = Path("/run/outlast/jobs")
 _LOGS = Path("/var/log/outlast/jobs")
 _SHIM = Path("/usr/libexec/outlast/outlast-shim")
 _READY_SECONDS = 10.0
-_TELL_SECONDS = 5.0
+_TELL_SECONDS = 2.0
 
 # Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up.
 _SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || exit 1; sleep 1; done'
@@ -53,7 +53,7 @@ def start_manager(job_id: str, options: Sequence[str]) -> Path:
 def _prolog(config: Path) -> None:
     """Start the manager of the job that Slurm is about to start on this node."""
     job_id, uid = _variable("SLURM_JOB_ID"), _variable("SLURM_JOB_UID")
-    if os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+    if os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1" or "SLURM_HET_JOB_ID" in os.environ:
         return  # the plugin leaves these jobs alone, and tells them so
     read_config(config)
     start_manager(job_id, ["--config", str(config), "manager", "--job", job_id, "--uid", str(int(uid))])
