@@ -31,4 +31,11 @@ install-slurm:
 		install -D -m 755 hooks/slurm/$$hook "$(DESTDIR)$(LIBEXECDIR)/slurm/$$hook" || exit 1; \
 	done
 
-.PHONY: install install-python install-native install-slurm
+# Not a part of "install": a cluster has one scheduler. Afterwards scripts/install-pbs on the server.
+install-pbs:
+	install -D -m 755 hooks/pbs/action "$(DESTDIR)$(LIBEXECDIR)/pbs/action"
+	install -D -m 644 plugins/pbs/outlast_hook.py "$(DESTDIR)$(LIBEXECDIR)/pbs/outlast_hook.py"
+	install -D -m 644 plugins/pbs/outlast_hook.json "$(DESTDIR)$(LIBEXECDIR)/pbs/outlast_hook.json"
+	install -D -m 755 scripts/install-pbs "$(DESTDIR)$(LIBEXECDIR)/pbs/install-pbs"
+
+.PHONY: install install-python install-native install-slurm install-pbs

@@ -38,4 +38,5 @@ if ! find_python; then
 fi
 cache=${OUTLAST_CACHE:-/var/cache/outlast}
 unset PYTHONHOME
+umask 022
 PYTHONPATH=$checkout exec "$python" -s -S -P -X pycache_prefix="$cache/pycache" -m "$module" "$@"

@@ -11,6 +11,7 @@ import os
 import re
 import select
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,14 +155,14 @@ def _make(
     (state / "exit").unlink(missing_ok=True)
     program_fd = os.memfd_create("program")
     state_fd = os.open(state, os.O_DIRECTORY | os.O_CLOEXEC)
-    report_read, report_write = os.pipe2(os.O_CLOEXEC)
+    report, theirs = socket.socketpair()
     try:
         with open(os.dup(program_fd), "wb") as file:  # noqa: PTH123 - a descriptor has no path
             file.write(b"".join(os.fsencode(text) + b"\0" for text in program))
         fds = {
             "pidfd": context.pidfd,
             "status": context.status,
-            "report": report_write,
+            "report": theirs.fileno(),
             "state": state_fd,
             "program": program_fd,
         }
@@ -176,15 +177,15 @@ def _make(
             env=clean_environment(),
             cwd="/",
         )
-        os.close(report_write)
-        report_write = -1
+        theirs.close()
         init_pid, start, job_pid, error = 0, None, 0, "it ended without a word"
-        with open(os.dup(report_read)) as report:  # noqa: PTH123
-            for line in report:
+        with report.makefile() as lines:
+            for line in lines:
                 word, _, rest = line.rstrip("\n").partition(" ")
                 if word == "init":
                     init_pid = int(rest)
                     start = _start_time(init_pid)
+                    report.sendall(b"1")  # its consent: see native/capsule.c
                 elif word == "ready":
                     job_pid = int(rest)
                     break
@@ -197,9 +198,10 @@ def _make(
     except OSError as error:
         raise CapsuleError(f"{helper}: {error.strerror}") from error
     finally:
-        for fd in (program_fd, state_fd, report_read, report_write):
-            if fd >= 0:
-                os.close(fd)
+        for fd in (program_fd, state_fd):
+            os.close(fd)
+        report.close()
+        theirs.close()
 
 
 def _start_time(pid: int) -> int | None:

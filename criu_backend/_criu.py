@@ -9,7 +9,6 @@ import select
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from criu_backend._capsule import (
@@ -22,7 +21,10 @@ from criu_backend._capsule import (
     enter_command,
     restore_capsule,
 )
+from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+from criu_backend._result import DumpResult, collect
+from criu_backend._twins import end_twins
 
 _ERROR = re.compile(r"^(?:\([0-9.]+\))?\s*(?:\d+: )?Error \((?P<where>[^)]+)\): (?P<what>.*)$", re.M)
 
@@ -36,6 +38,11 @@ _HINTS = (
         re.compile(r"io_uring"),
         "the job uses io_uring, which CRIU cannot dump: start it with the compat filter",
     ),
+    (
+        # Linux 6.8 and later refuse to pass the descriptor of an io_uring on.
+        re.compile(r"Can't retrieve FDs from socket"),
+        "the job has an open file that cannot be handed on, such as an io_uring: use the compat filter",
+    ),
     (re.compile(r"half of stream unix connection"), "the job talks to a daemon over a unix socket; close it"),
     (re.compile(r"Can't dump .*/dev/nvidia|/dev/kfd"), "GPU state needs CRIU's GPU plugins"),
     (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
@@ -45,6 +52,9 @@ _HINTS = (
     (re.compile(r"increase limit|ghost file"), "a deleted file that the job has open is too large"),
     (re.compile(r"Cannot assign requested address"), "the job listens on the address of the node it ran on"),
 )
+
+# CRIU's plugin for forked dumps, native/twin. Nothing else is in its directory.
+TWIN_LIBRARY = Path("/usr/libexec/outlast/twin/outlast-twin.so")
 
 _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
@@ -57,15 +67,6 @@ class CriuError(Exception):
         super().__init__(message)
         self.log = log
         self.hint = hint
-
-
-@dataclass(frozen=True)
-class DumpResult:
-    """What a dump cost: the job stood still for *pause* seconds; *image_bytes* were written in all."""
-
-    pause: float
-    image_bytes: int
-    criu_version: str
 
 
 def error_from_log(action: str, log: Path) -> CriuError:
@@ -86,9 +87,12 @@ def error_from_log(action: str, log: Path) -> CriuError:
 class Criu:
     """The CRIU that is installed here, *program* by name or path."""
 
-    def __init__(self, program: str = "criu", helper: Path = HELPER) -> None:
+    def __init__(
+        self, program: str = "criu", helper: Path = HELPER, twin_library: Path = TWIN_LIBRARY
+    ) -> None:
         self._program = program
         self._helper = helper
+        self._twin_library = twin_library
 
     def version(self) -> str:
         """Return the version as CRIU prints it, such as "4.2.1".
@@ -136,22 +140,63 @@ class Criu:
         tcp: str = "established",
         external: Sequence[str] = (),
         lock_fd: int | None = None,
+        mode: str = "plain",
     ) -> DumpResult:
         """Write images of the tree in *capsule* into the directory *images*, and let it run on.
 
         CRIU is waited for however long it takes: to kill it could kill the job.
 
         Args:
-            images: an empty directory, which the capsule sees at the same path.
-            on_frozen: called when all memory has been written and the job still stands still; an exception
-                out of it makes the dump fail, the job runs on, and the exception is raised again here.
+            images: an empty directory, which the capsule sees at the same path. The memory is not in it but
+                beside it, until the result is closed.
+            on_frozen: called when the job stands still and nothing more of it can change; an exception out
+                of it makes the dump fail, the job runs on, and the exception is raised again here.
             tcp: "established" keeps TCP connections (those within the job), "close" drops them.
             external: values for CRIU's --external.
             lock_fd: a descriptor that CRIU keeps open, so that a lock on it outlives this process.
+            mode: "plain" writes the memory while the job stands still; "forked" has twins made of its processes,
+                and "lazy" does so without the help of LD_PRELOAD. Where there can be no twins the
+                result is "plain", and says why.
 
         Raises:
             CriuError: there is no image; the job is unharmed.
         """
+        log = images / "dump.log"
+        end_twins(capsule)
+        headroom = Headroom(capsule.tasks())
+        reason = None
+        if mode != "plain" and (reason := _why_no_twins(self._twin_library) or headroom.shortage()):
+            mode = "plain"
+        try:
+            self._write_images(capsule, images, on_frozen, mode, tcp=tcp, external=external, lock_fd=lock_fd)
+            return collect(
+                images,
+                capsule,
+                mode,
+                pause=statistics(images)["frozen_time"] / 1e6,
+                criu_version=self.version(),
+                must_end=headroom.is_short,
+                reason=reason,
+            )
+        except BaseException as error:
+            end_twins(capsule)
+            if isinstance(error, ImageError):
+                raise CriuError(f"dump: {error}", log=log, hint=error.hint) from None
+            if isinstance(error, ProcessLookupError):
+                raise CriuError(f"dump: {error}", log=log, hint="is there memory enough?") from None
+            raise
+
+    def _write_images(
+        self,
+        capsule: Capsule,
+        images: Path,
+        on_frozen: Callable[[], None],
+        mode: str,
+        *,
+        tcp: str,
+        external: Sequence[str],
+        lock_fd: int | None,
+    ) -> None:
         log = images / "dump.log"
         path = images / "notify.sock"
         command = [self._program, "dump", "--tree", str(capsule.job_pid), "--images-dir", os.fspath(images)]
@@ -159,8 +204,21 @@ class Criu:
         command += ["--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
         command += ["--action-script", os.fspath(self._helper)]
         command += [word for value in external for word in ("--external", value)]
+        environment = {"OUTLAST_NOTIFY": os.fspath(path)}
+        passed = [] if lock_fd is None else [lock_fd]
         failure: list[BaseException] = []
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        with contextlib.ExitStack() as closing:
+            if mode != "plain":
+                command += ["--libdir", os.fspath(self._twin_library.parent)]
+            if mode == "forked":
+                environment["LD_PRELOAD"] = os.fspath(self._twin_library)
+            if mode == "lazy":
+                # CRIU serves lazy pages until its peer hangs up, which this one has done already.
+                mine, theirs = map(closing.enter_context, socket.socketpair())
+                mine.close()
+                command += ["--lazy-pages", "--ps-socket", str(theirs.fileno())]
+                passed.append(theirs.fileno())
+            listener = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.bind(_short(images, path.name))
             listener.listen(1)
             process = subprocess.Popen(
@@ -168,9 +226,9 @@ class Criu:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=clean_environment(OUTLAST_NOTIFY=os.fspath(path)),
+                env=clean_environment(**environment),
                 start_new_session=True,
-                pass_fds=() if lock_fd is None else (lock_fd,),
+                pass_fds=passed,
             )
             pidfd = os.pidfd_open(process.pid)
             try:
@@ -183,12 +241,6 @@ class Criu:
             raise failure[0]
         if code != 0:
             raise error_from_log("dump", log)
-        try:
-            pause = statistics(images)["frozen_time"] / 1e6
-        except ImageError as error:
-            raise CriuError(f"dump: {error}", log=log, hint=error.hint) from None
-        size = sum(file.stat().st_size for file in images.iterdir())
-        return DumpResult(pause, size, self.version())
 
     def restore(
         self,
@@ -256,6 +308,12 @@ def _common_options(tcp: str) -> list[str]:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def _why_no_twins(library: Path) -> str | None:
+    if not library.exists():
+        return f"{library} is not installed"
+    return None
 
 
 def _short(directory: Path, name: str) -> str:

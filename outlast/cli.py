@@ -181,7 +181,10 @@ def _manager(args: argparse.Namespace) -> None:
     """Serve one job on this node (started by hooks and by 'run')."""
     from outlast.manager import Manager
 
-    Manager(_config(args), args.job, uid=args.uid, standalone=args.standalone, first=args.first).run()
+    manager = Manager(
+        _config(args), args.job, uid=args.uid, standalone=args.standalone, first=args.first, mom=args.mom
+    )
+    manager.run()
 
 
 def _watcher(args: argparse.Namespace) -> None:
@@ -195,6 +198,8 @@ def _hook(args: argparse.Namespace) -> None:
     """Do what a scheduler's hook has to do (started by hooks/)."""
     from outlast import hooks
 
+    if args.hook not in hooks.HOOKS:
+        raise UsageError(f"hook {args.hook}: no such hook", hint=f"they are {', '.join(hooks.HOOKS)}")
     hooks.HOOKS[args.hook](args.config)
 
 
@@ -296,7 +301,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--uid", type=int)
     sub.add_argument("--standalone", action="store_true")
     sub.add_argument("--first", action="store_true")
-    verb("hook", _hook, shown=False).add_argument("hook", choices=("prolog", "epilog", "ended"))
+    sub.add_argument("--mom")
+    verb("hook", _hook, shown=False).add_argument("hook")
     return parser
 
 

@@ -36,11 +36,14 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints of a job that are kept in the store
     criu: str = "criu"
     tcp: str = "established"
+    mode: str = "plain"  # how a job's memory is written: see docs/checkpoints.md
     spool: Path = Path("/run/outlast/jobs")
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= 1000:
             raise ValueError(f"keep = {self.keep}: must be 1 to 1000")
+        if self.mode not in ("auto", "forked", "lazy", "plain"):
+            raise ValueError(f'mode = "{self.mode}": must be "auto", "forked", "lazy" or "plain"')
         if self.tcp not in ("established", "close"):
             raise ValueError(f'tcp = "{self.tcp}": must be "established" or "close"')
 
@@ -80,11 +83,16 @@ class Config:
     """The whole file; every key has a default but `store.url`."""
 
     cluster: str = dataclasses.field(default_factory=lambda: socket.gethostname().split(".")[0])
+    scheduler: str = "slurm"  # or "pbs"
     store: StoreConfig = StoreConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     restart: RestartConfig = RestartConfig()
     lease: LeaseConfig = LeaseConfig()
     watcher: WatcherConfig = WatcherConfig()
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in ("slurm", "pbs"):
+            raise ValueError(f'scheduler = "{self.scheduler}": must be "slurm" or "pbs"')
 
 
 def read_config(path: Path = DEFAULT_PATH) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,7 @@ def examine(path: Path) -> list[Finding]:
     if shutil.which("slurmd") or not shutil.which("slurmctld"):
         findings += _node(config)
     if scontrol := shutil.which("scontrol"):
-        findings += _slurm(scontrol)
-    if shutil.which("slurmctld"):
-        findings += _watcher(config)
+        findings += _slurm(scontrol, config)
     return findings
 
 
@@ -108,7 +107,7 @@ def _node(config: Config) -> Iterator[Finding]:
     yield Finding("ok", "spool", fact) if free >= _LEAST_SPOOL else Finding("warn", "spool", fact, remedy)
 
 
-def _slurm(scontrol: str) -> Iterator[Finding]:
+def _slurm(scontrol: str, config: Config) -> Iterator[Finding]:
     try:
         text = subprocess.run(
             [scontrol, "show", "config"], capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True
@@ -131,6 +130,10 @@ def _slurm(scontrol: str) -> Iterator[Finding]:
             yield Finding("FAIL", key, f"{value or '(null)'}: not Outlast's", f"slurm.conf: {wanted}, or call it from yours")
     yield from _plugstack(settings)
     yield from _timing(settings)
+    # Written as "ctl" or "ctl(198.18.0.1)"; slurmctld may be installed on hosts that are no controllers.
+    controllers = {text.split("(")[0] for name, text in settings.items() if name.startswith("SlurmctldHost")}
+    if {socket.gethostname(), socket.gethostname().split(".")[0]} & controllers:
+        yield from _watcher(config)
 
 
 def _plugstack(settings: dict[str, str]) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
-"""What a scheduler's hooks ask for, each a bounded step: start a manager; tell it or the watcher of an end."""
+"""What a scheduler's hooks ask for, each a bounded step: start a manager, tell it or the watcher an end."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 from outlast import control
 from outlast.config import Config, read_config
 from outlast.errors import ConfigError, OutlastError, UsageError
+from outlast.model import parse_interval
 
 _RUNTIME = Path("/run/outlast/jobs")
 _LOGS = Path("/var/log/outlast/jobs")
 _SHIM = Path("/usr/libexec/outlast/outlast-shim")
 _READY_SECONDS = 10.0
+# MoM ends an action that takes longer than mom_priv/config says; this is only not to wait for ever.
+_ACTION_SECONDS = 3600.0
 _TELL_SECONDS = 2.0
 
 # Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up.
@@ -77,7 +81,81 @@ def _ended(config: Path) -> None:
     control.call(path, {"op": "ended", **facts}, timeout=_TELL_SECONDS)
 
 
-HOOKS: Mapping[str, Callable[[Path], None]] = {"prolog": _prolog, "epilog": _epilog, "ended": _ended}
+def _pbs_launch(config: Path) -> None:
+    """Start the manager of the job whose script MoM is about to start on this host."""
+    job_id, uid = _variable("OUTLAST_JOB_ID"), _variable("OUTLAST_JOB_UID")
+    read_config(config)
+    (_RUNTIME / f"{job_id}.requeue").unlink(missing_ok=True)
+    mom = {
+        "id": _variable("OUTLAST_PBS_ID"),
+        "spool": _variable("OUTLAST_SPOOL"),
+        "keep": [path for path in _variable("OUTLAST_KEEP").split(":") if path],
+        "attach": _variable("OUTLAST_ATTACH"),
+    }
+    options = ["--config", str(config), "manager", "--job", job_id, "--uid", str(int(uid))]
+    start_manager(job_id, [*options, "--mom", json.dumps(mom)])
+
+
+def _pbs_end(_config: Path) -> None:
+    """Tell the job's manager that PBS has ended the job on this host."""
+    path = _RUNTIME / _variable("OUTLAST_JOB_ID") / "manager.sock"
+    if path.exists():
+        control.call(path, {"op": "job-ended"}, timeout=_TELL_SECONDS)
+
+
+def _pbs_checkpoint(_config: Path) -> None:
+    """MoM's $action checkpoint: return when the checkpoint is in the store."""
+    _ask_manager({"op": "checkpoint", "wait": True})
+
+
+def _pbs_hold(_config: Path) -> None:
+    """MoM's $action checkpoint_abort: return when the checkpoint is in the store, and this run over."""
+    _ask_manager({"op": "hold"})
+
+
+def _ask_manager(request: Mapping[str, object]) -> None:
+    job_id = _variable("OUTLAST_JOB_ID")
+    path = _RUNTIME / job_id / "manager.sock"
+    if not path.exists():
+        raise UsageError(f"job {job_id}: runs without checkpoints", hint="ask for them when it is submitted")
+    control.call(path, request, timeout=_ACTION_SECONDS)
+
+
+def _pbs_restart(_config: Path) -> None:
+    """MoM's $action restart: MoM would have a held job go on here; have it queued instead, by the epilogue."""
+    _RUNTIME.mkdir(mode=0o755, parents=True, exist_ok=True)
+    (_RUNTIME / f"{_variable('OUTLAST_JOB_ID')}.requeue").write_text("held\n")
+
+
+def _pbs_interval(config: Path) -> None:
+    """Tell the watcher that a running job is to have another interval, as qalter -c asked."""
+    text = _variable("OUTLAST_INTERVAL")
+    seconds = 0 if text == "never" else parse_interval(text)
+    request = {"op": "interval", "job": _variable("OUTLAST_JOB_ID"), "seconds": seconds}
+    control.call(read_config(config).watcher.socket, request, timeout=_TELL_SECONDS)
+
+
+def _pbs_startup(_config: Path) -> None:
+    """Clear away what jobs that no longer have a manager on this host left in the runtime directory."""
+    for path in _RUNTIME.glob("*.requeue"):
+        path.unlink(missing_ok=True)
+    for path in _RUNTIME.glob("*.starting"):
+        if not _answers(path.with_suffix("") / "manager.sock"):
+            path.unlink(missing_ok=True)
+
+
+HOOKS: Mapping[str, Callable[[Path], None]] = {
+    "prolog": _prolog,
+    "epilog": _epilog,
+    "ended": _ended,
+    "pbs-launch": _pbs_launch,
+    "pbs-end": _pbs_end,
+    "pbs-checkpoint": _pbs_checkpoint,
+    "pbs-hold": _pbs_hold,
+    "pbs-restart": _pbs_restart,
+    "pbs-interval": _pbs_interval,
+    "pbs-startup": _pbs_startup,
+}
 
 
 def run_standalone(

@@ -22,6 +22,9 @@ import sys
 import time
 
 _RUNTIME = "/run/outlast/jobs"
+# What the scheduler, or its hook, calls the job and its run; the first that is set counts.
+_JOB_ID = ("OUTLAST_JOB_ID", "SLURM_JOB_ID")
+_EPOCH = ("OUTLAST_EPOCH", "SLURM_RESTART_COUNT")
 _MANAGER_SECONDS = 20.0
 _TEMPORARY_FAILURE = 75
 # Not forwarded: those that cannot be caught, that tell of the shim's own faults, and of its children.
@@ -51,11 +54,16 @@ def say(text: str) -> None:
         pass
 
 
+def variable(names: "tuple[str, ...]", default: str) -> str:
+    """Return the first of the environment's variables *names* that is set."""
+    return next((os.environ[name] for name in names if name in os.environ), default)
+
+
 def run_without(argv: list[str], why: str) -> None:
     """Become the job itself, without checkpoints; a job that has been requeued is not started again."""
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    if variable(_EPOCH, "0") != "0":
         say(f"{why}; the job was restarted, and is not begun from its start while it may have checkpoints")
-        say("see that outlast works on this node, then requeue the job: scontrol requeue JOB")
+        say("see that outlast works on this node ('outlast doctor'), then requeue the job")
         sys.exit(_TEMPORARY_FAILURE)
     say(f"{why}; the job runs without checkpoints")
     become(argv)
@@ -137,6 +145,7 @@ class Shim:
         self.argv = argv
         self.interval = interval
         self.started = False
+        self.attached = False
         self.manager_gone = False
         self.capsule_gone = False
         self.wake_read, wake_write = os.pipe()
@@ -183,6 +192,8 @@ class Shim:
         for number in os.read(self.wake_read, 4096):
             if not (self.started or self.manager_gone) and number in _DEADLY:
                 die_by(number)
+            if self.attached:
+                continue
             try:
                 self.status.send(struct.pack("=i", number))
             except OSError:
@@ -204,6 +215,9 @@ class Shim:
                 say(message["text"])
             elif operation == "started":
                 self.started = True
+            elif operation == "attached":
+                # The scheduler signals the job's own session too: forwarded, a signal would come twice.
+                self.attached = True
             elif operation == "set-back":
                 reply = {"op": "set-back", "error": None}
                 try:
@@ -245,7 +259,7 @@ def main(arguments: list[str]) -> int:
     if not argv:
         say("no command; usage: outlast-shim --interval 10m [--manager DIR] -- COMMAND...")
         return 64
-    directory = directory or f"{_RUNTIME}/{os.environ.get('SLURM_JOB_ID', 'none')}"
+    directory = directory or f"{_RUNTIME}/{variable(_JOB_ID, 'none')}"
     manager = connect(directory)
     if manager is None:
         run_without(argv, f"no manager answers at {directory}/shim.sock")

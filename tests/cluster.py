@@ -49,6 +49,9 @@ def eventually(true: Callable[[], object], *, within: float, what: str) -> None:
         time.sleep(0.05)
 
 
+_CLUSTER = pytest.StashKey["Cluster"]()
+
+
 class Cluster:
     """The testbed that is up, as its users and its operator see it, and as its hosts' disks show it."""
 
@@ -164,9 +167,10 @@ class Cluster:
 
     def left(self, node: str, job_id: str) -> list[str]:
         """What there still is of a job on *node*: processes of it and of its manager, files of theirs."""
-        command = f"ls -d /run/outlast/jobs/{job_id} /run/outlast/jobs/{job_id}.*; ps -eo pid,cgroup,args"
-        lines = self.try_on(node, "sh", "-c", command).stdout.splitlines()
-        marks = (f"/run/outlast/jobs/{job_id}", f"/job_{job_id}/", f"manager --job {job_id} ", "outlast-capsule")
+        # By standard input, that its own words are not found.
+        command = f"ls -d /run/outlast/jobs/{job_id} /run/outlast/jobs/{job_id}.*; ps -ww -eo pid,cgroup,args"
+        lines = self.try_on(node, "sh", stdin=command).stdout.splitlines()
+        marks = (f"/run/outlast/jobs/{job_id}", f"/job_{job_id}/", f"manager --job {job_id} ")
         return [line for line in lines if any(mark in line + " " for mark in marks)]
 
 
@@ -182,8 +186,10 @@ class Job:
     def facts(self) -> dict[str, str]:
         """What "scontrol show job" says."""
         self.cluster.touched[self.id] = self
-        text = self.cluster.on("ctl", "scontrol", "show", "job", "-o", self.id)
-        return dict(re.findall(r"([A-Za-z:/]+)=(\S*)", text))
+        # An array shares its id with one of its tasks, and all of them are shown.
+        lines = self.cluster.on("ctl", "scontrol", "show", "job", "-o", self.id).splitlines()
+        mine = next(line for line in lines if line.startswith(f"JobId={self.id} "))
+        return dict(re.findall(r"([A-Za-z:/]+)=(\S*)", mine))
 
     @property
     def state(self) -> str:
@@ -303,15 +309,17 @@ def together(jobs: Sequence[Job], act: Callable[[Job], object]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_cluster(
-    tmp_path_factory: pytest.TempPathFactory, need: Callable[[str, str | None], None]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    need: Callable[[str, str | None], None],
 ) -> Iterator[Cluster]:
     """The testbed in $OUTLAST_TESTBED_DIR if it is up, else one that is up for these tests only."""
     need("slurm", None if os.geteuid() == 0 else "the testbed must be root")
     state = Path(os.environ.get("OUTLAST_TESTBED_DIR") or DEFAULT_STATE).resolve()
     if (state / "up").exists():
-        yield Cluster(state)
+        yield request.config.stash.setdefault(_CLUSTER, Cluster(state))
         return
-    own = Cluster(tmp_path_factory.mktemp("cluster") / "bed")
+    own = request.config.stash.setdefault(_CLUSTER, Cluster(tmp_path_factory.mktemp("cluster") / "bed"))
     own.testbed("up", within=500)
     try:
         yield own
@@ -346,19 +354,10 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add to a failed test's report what the jobs that it looked at have been through."""
     report = yield
-    cluster = getattr(item, "funcargs", {}).get("shared_cluster") or _cluster_of(item)
-    if cluster is not None:
-        if report.failed:
-            for job in cluster.touched.values():
-                with contextlib.suppress(Exception):
-                    report.sections.append((f"job {job.id}", job.report()))
-        if report.when == "call" or report.failed:
-            cluster.touched.clear()
+    cluster = item.config.stash.get(_CLUSTER, None)
+    if cluster is not None and (report.failed or report.when == "call"):
+        for job in cluster.touched.values() if report.failed else ():
+            with contextlib.suppress(Exception):
+                report.sections.append((f"job {job.id}", job.report()))
+        cluster.touched.clear()
     return report
-
-
-def _cluster_of(item: pytest.Item) -> Cluster | None:
-    for value in getattr(item, "funcargs", {}).values():
-        if isinstance(value, Cluster):
-            return value
-    return None

@@ -48,7 +48,6 @@ class SshServer:
         self._home = home
         self._chroot = chroot
         self._server: subprocess.Popen[bytes] | None = None
-        self.is_bare = " -P " in sftp  # it lacks some of OpenSSH's extensions
         self.key = home / "user"
         self.host_key = home / "host.pub"
         self.known_hosts = home / "known_hosts"
@@ -65,7 +64,8 @@ class SshServer:
         (home / "sshd_config").write_text(
             f"ListenAddress 127.0.0.1:{self.port}\nHostKey {home}/host\nAuthorizedKeysFile {home}/user.pub\n"
             "PasswordAuthentication no\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile none\n"
-            f"LogLevel VERBOSE\nSubsystem sftp {sftp}\nForceCommand {sftp}\n"
+            "LogLevel VERBOSE\n"
+            + (f"Subsystem sftp {sftp}\nForceCommand {sftp}\n" if sftp else "")
             + (f"ChrootDirectory {chroot}\n" if chroot else "")
             + extra
         )
@@ -127,7 +127,8 @@ def start_sshd(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator
     """Start an SshServer; all of them end with the test session.
 
     Where the tests run as root, `chroot=True` shows its users nothing but its own directory, as a site
-    would have it. *sftp* is the SFTP server's command line, *extra* more lines for its configuration.
+    would have it. *sftp* is the SFTP server's command line, "" for none; *extra* are more lines for
+    its configuration.
     """
     binary = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
     need("sshd", None if binary else "no sshd; install openssh-server")

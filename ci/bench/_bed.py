@@ -26,6 +26,7 @@ class Bed:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.keep = False  # set it to leave the cluster up
 
     @property
     def home(self) -> Path:
@@ -101,11 +102,11 @@ class Bed:
         cluster.set_cut(self._layout, host, cut=False)
 
     def give(self, source: Path, name: str) -> Path:
-        """Copy a file or a directory into alice's home, under *name* and as hers; return where it is."""
+        """Copy a file or a directory, but no "build", into alice's home, under *name* and as hers."""
         owner = self.home.stat()
         target = self.home / name
         if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build"))
         else:
             shutil.copy(source, target)
         for path in (target, *target.rglob("*")):
@@ -114,9 +115,7 @@ class Bed:
 
     def programs(self) -> None:
         """Compile tests/programs on the cluster, as alice would; they are then ./lu ... in her home."""
-        build = CHECKOUT / "tests/programs/build"
-        target = self.give(build.parent, "programs")
-        shutil.rmtree(target / build.name, ignore_errors=True)
+        self.give(CHECKOUT / "tests/programs", "programs")
         self.output("ctl", ["make", "--silent", "-C", "programs", "O=/shared/alice"], within=120)
 
     def logs(self, *, last: int | None = None) -> list[str]:
@@ -125,7 +124,11 @@ class Bed:
 
     def versions(self) -> dict[str, str]:
         """What runs on the hosts: the versions of CRIU, Slurm and Outlast."""
-        commands = {"criu": ["criu", "--version"], "slurm": ["sinfo", "-V"], "outlast": ["outlast", "--version"]}
+        commands = {
+            "criu": ["criu", "--version"],
+            "slurm": ["sinfo", "-V"],
+            "outlast": ["outlast", "--version"],
+        }
         said = {name: self.output("n1", argv, root=True) for name, argv in commands.items()}
         return {name: text.splitlines()[0].split()[-1] for name, text in said.items()}
 
@@ -135,8 +138,8 @@ class Bed:
 
 
 @contextmanager
-def testbed(purpose: str, *, keep: bool = False) -> Iterator[Bed]:
-    """Bring a cluster up; end it and remove all of it at the end, unless it is to be kept.
+def testbed(purpose: str) -> Iterator[Bed]:
+    """Bring a cluster up; end it and remove all of it at the end, unless `Bed.keep` says otherwise.
 
     Its state is in $OUTLAST_TESTBED_DIR, or in /var/lib/outlast-PURPOSE.
 
@@ -147,12 +150,16 @@ def testbed(purpose: str, *, keep: bool = False) -> Iterator[Bed]:
     machine.require_root()
     layout = layout_from_environment()
     if layout.up_mark.exists() and switch.ports(layout):
-        raise TestbedError(f"a cluster is up already in {layout.state}", hint=f"end it: {end_command(layout.state)}")
+        raise TestbedError(
+            f"a cluster is up already in {layout.state}",
+            hint=f"end it: {testbed_command(layout.state)} down",
+        )
     cluster.up(layout, CHECKOUT)
+    bed = Bed(layout)
     try:
-        yield Bed(layout)
+        yield bed
     finally:
-        if not keep:
+        if not bed.keep:
             # Whoever is impatient now would leave half of it behind.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
@@ -164,13 +171,8 @@ def testbed_command(state: Path) -> str:
     return f"sudo OUTLAST_TESTBED_DIR='{state}' scripts/testbed"
 
 
-def end_command(state: Path) -> str:
-    """The command by which a person ends the cluster in *state*."""
-    return f"{testbed_command(state)} down"
-
-
 def end_on_signals() -> None:
-    """Have SIGTERM and SIGHUP end the program as SIGINT does: by an exception, so that all is cleared away."""
+    """Have SIGTERM and SIGHUP end the program as SIGINT does, by an exception: all is cleared away."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)

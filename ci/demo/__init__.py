@@ -1,1 +1,1 @@
-"""The demonstration: a job under checkpoints whose node is killed, and who ends elsewhere as if nothing had been."""
+"""The demonstration: a job under checkpoints whose node is killed ends elsewhere, with the right result."""

@@ -24,8 +24,9 @@ from ci.testbed.layout import TestbedError
 _JSON = """\
 --json: the object has ok, job_id, nodes (in order), checkpoints (their number), pause_ms, image_bytes and
 shipped_bytes (lists, one value a checkpoint), kill_to_known_dead_s, kill_to_running_s (from the kill to the
-first line of output that was computed elsewhere), fetch_s, restore_s, lines_lost, lines_doubled,
-result_matches, exit_code (the job's, as Slurm has it), and problems (sentences). What was not seen is null."""
+first line of output that was computed elsewhere), fetch_s, restore_s, lines_set_back (written after the
+checkpoint, cut off at the restore and computed again), lines_lost, lines_doubled, result_matches, exit_code
+(the job's, as Slurm has it), and problems (sentences). What was not seen is null."""
 
 
 class Screen:
@@ -59,6 +60,7 @@ def _figures(outcome: Outcome) -> dict[str, object]:
     """The outcome as the object that --json prints."""
     checkpoints = outcome.of("checkpoint")
     restored = outcome.of("restored")
+    compared = outcome.comparison
     return {
         "ok": not outcome.problems,
         "job_id": outcome.job_id or None,
@@ -71,9 +73,10 @@ def _figures(outcome: Outcome) -> dict[str, object]:
         "kill_to_running_s": _rounded(outcome.kill_to_running),
         "fetch_s": restored[0]["fetch_s"] if restored else None,
         "restore_s": restored[0]["restore_s"] if restored else None,
-        "lines_lost": outcome.comparison.lost,
-        "lines_doubled": outcome.comparison.doubled,
-        "result_matches": outcome.comparison.result_matches,
+        "lines_set_back": outcome.set_back,
+        "lines_lost": compared.lost if compared else None,
+        "lines_doubled": compared.doubled if compared else None,
+        "result_matches": compared.result_matches if compared else None,
         "exit_code": outcome.exit_code,
         "problems": outcome.problems,
     }
@@ -87,7 +90,7 @@ def _report(screen: Screen, outcome: Outcome) -> None:
     """Say whether it held, and print the figures."""
     compared = outcome.comparison
     screen.say()
-    if outcome.problems:
+    if outcome.problems or compared is None:
         screen.say("What did not hold:", "bad")
         for problem in outcome.problems:
             screen.say(f"  {problem}")
@@ -95,22 +98,28 @@ def _report(screen: Screen, outcome: Outcome) -> None:
         screen.say("The job outlasted its node:", "good")
         screen.say(f"  result          {compared.result!r}, as in an uninterrupted run")
         screen.say(f"  output          {compared.lines} progress lines, each exactly once, in order")
-    screen.say()
-    screen.say("Figures:", "head")
+        if outcome.set_back:
+            lines = "1 line" if outcome.set_back == 1 else f"{outcome.set_back} lines"
+            screen.say(
+                f"                  ({lines} written after the checkpoint set back and computed again)"
+            )
     checkpoints = outcome.of("checkpoint")
     if pauses := [one["pause_ms"] for one in checkpoints]:
+        screen.say()
+        screen.say("Figures:", "head")
         each = ", ".join(f"{pause:.0f}" for pause in pauses)
         screen.say(f"  pause           {statistics.median(pauses):.0f} ms (median of {each})")
         shipped = sum(one["stored_bytes"] for one in checkpoints)
         image = sum(one["image_bytes"] for one in checkpoints)
-        screen.say(f"  shipped         {megabytes(shipped)} for {len(pauses)} checkpoints of {megabytes(image)}")
-    if outcome.kill_to_running is not None:
-        screen.say(f"  dead to alive   {outcome.kill_to_running:.1f} s from the kill to the first new line of output")
-    if outcome.kill_to_known_dead is not None:
-        screen.say(f"    of which      {outcome.kill_to_known_dead:.1f} s until the node was known to be dead")
-    if restored := outcome.of("restored"):
-        fetch, restore = restored[0]["fetch_s"], restored[0]["restore_s"]
-        screen.say(f"                  {fetch:.2f} s to fetch the checkpoint, {restore:.2f} s to restore it")
+        screen.say(
+            f"  shipped         {megabytes(shipped)} for {len(pauses)} checkpoints of {megabytes(image)}"
+        )
+    if (seconds := outcome.kill_to_running) is not None:
+        screen.say(
+            f"  dead to alive   {seconds:.1f} s from the kill to the first new line of output, of which"
+        )
+        for part, seconds in outcome.parts():
+            screen.say(f"    {seconds:9.2f} s   {part}")
 
 
 def _keep_logs(screen: Screen, bed: Bed) -> None:
@@ -119,24 +128,24 @@ def _keep_logs(screen: Screen, bed: Bed) -> None:
     with open(handle, "w") as file:  # noqa: PTH123 - opens a descriptor
         file.writelines(line + "\n" for line in bed.logs())
     screen.say()
-    screen.say(f"The hosts' logs are in {name}; the ends of Outlast's own:", "head")
+    screen.say(f"The hosts' logs are kept in {name}; the ends of Outlast's own:", "head")
     for line in bed.logs(last=8):
         file_name = line.split(":", 1)[0].split()[-1]
         if file_name == "watcher.log" or file_name.removesuffix(".log").isdigit():
             screen.say(f"  {line}")
 
 
-def _show_around(screen: Screen, bed: Bed, job_id: str) -> None:
+def _show_around(screen: Screen, bed: Bed, outcome: Outcome) -> None:
     command = testbed_command(bed.state)
     screen.say()
     screen.say("The cluster is still up. To look around:", "head")
     for words in (
-        f"user ctl outlast events {job_id}",
-        f"user ctl outlast list {job_id}",
+        f"user ctl outlast events {outcome.job_id}",
+        f"user ctl outlast list {outcome.job_id}",
         "user ctl sbatch --checkpoint=5s lu.sh",
         "user ctl outlast status",
         "user ctl bash",
-        "start-node n1",
+        *(f"start-node {node}" for node in outcome.nodes[:1] if outcome.killed),
         "logs",
     ):
         screen.say(f"  {command} {words}")
@@ -146,16 +155,23 @@ def _show_around(screen: Screen, bed: Bed, job_id: str) -> None:
 
 def _demo(screen: Screen, *, keep: bool) -> Outcome:
     screen.say("A Slurm cluster of a controller, a checkpoint store and three nodes:", "head")
-    with testbed("demo", keep=keep) as bed:
-        expected = chain.reference(bed)
-        screen.say(f"The job: LU factorization, {chain.SWEEPS} times, one line each; it knows nothing of checkpoints.")
-        screen.say()
-        outcome = chain.run(bed, expected, screen.tell)
+    with testbed("demo") as bed:
+        try:
+            expected = chain.reference(bed)
+            screen.say(
+                f"The job: {chain.SWEEPS} LU factorizations, a line each. It knows nothing of checkpoints."
+            )
+            screen.say()
+            outcome = chain.run(bed, expected, screen.tell)
+        except TestbedError:
+            _keep_logs(screen, bed)
+            raise
         _report(screen, outcome)
         if outcome.problems:
             _keep_logs(screen, bed)
         if keep:
-            _show_around(screen, bed, outcome.job_id)
+            bed.keep = True
+            _show_around(screen, bed, outcome)
     return outcome
 
 
@@ -165,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="demo", description=__doc__, epilog=_JSON, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--keep", action="store_true", help="leave the cluster up, to look around in it")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object; the rest goes to stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="end with one JSON object; the rest goes to stderr"
+    )
     args = parser.parse_args(argv)
     end_on_signals()
     screen = Screen(sys.stderr if args.json else sys.stdout)

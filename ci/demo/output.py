@@ -1,4 +1,4 @@
-"""The job's output file: when it grows again after the kill, and whether it is what it has to be at the end."""
+"""The job's output file: when it grows again after the kill, and whether it is right at the end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ class OutputFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._written = b""  # by the first writer
         self._smallest: int | None = None
 
     def expect_rollback(self) -> None:
         """From now on nobody writes until the file is set back: its writer is dead."""
-        self._smallest = self._size()
+        self._written = self._path.read_bytes() if self._path.exists() else b""
+        self._smallest = len(self._written)
 
     def has_grown_again(self) -> bool:
         """Whether it has grown since the end of its first writer, the cut at the rollback left aside."""
@@ -28,6 +30,10 @@ class OutputFile:
         size = self._size()
         self._smallest = min(size, self._smallest)
         return size > self._smallest
+
+    def lines_set_back(self) -> int:
+        """How many whole lines of the first writer were cut off so far."""
+        return self._written[self._smallest :].count(b"\n")
 
     def last_line(self) -> str:
         """The file's last line that is whole; empty if there is none."""
@@ -42,13 +48,13 @@ class OutputFile:
 class Comparison:
     """An output against that of an uninterrupted run of the same program."""
 
-    lines: int = 0  # progress lines that have to be there
-    lost: int = 0
-    doubled: int = 0  # surplus copies
-    strange: tuple[str, ...] = ()  # lines that the uninterrupted run does not have
-    in_order: bool = False
-    result: str = ""
-    result_matches: bool = False
+    lines: int  # progress lines that have to be there
+    lost: int
+    doubled: int  # surplus copies
+    strange: tuple[str, ...]  # lines that the uninterrupted run does not have
+    in_order: bool
+    result: str
+    result_matches: bool
 
     def problems(self) -> list[str]:
         """What is wrong with the output, as sentences."""
@@ -56,11 +62,11 @@ class Comparison:
         if not self.result_matches:
             found.append(f"the result is not that of an uninterrupted run: {self.result or 'there is none'}")
         if self.lost:
-            found.append(f"{self.lost} of {self.lines} lines of output are lost")
+            found.append(f"lines of output are lost: {self.lost} of {self.lines}")
         if self.doubled:
-            found.append(f"{self.doubled} lines of output are doubled")
+            found.append(f"lines of output are doubled: {self.doubled} too many")
         if self.strange:
-            found.append(f"{len(self.strange)} lines of output are not the program's: {self.strange[0]!r}")
+            found.append(f"lines in the output are not the program's, such as {self.strange[0]!r}")
         if not (self.in_order or self.lost or self.doubled or self.strange):
             found.append("the lines of output are not in order")
         return found
@@ -68,15 +74,17 @@ class Comparison:
 
 def compare(lines: Sequence[str], expected: Sequence[str]) -> Comparison:
     """Compare an output's lines with those of an uninterrupted run, of which the last is its result."""
-    progress = Counter(line for line in lines if not line.startswith(_RESULT))
+    seen = [line for line in lines if not line.startswith(_RESULT)]
+    progress = Counter(seen)
     wanted = Counter(expected[:-1])
     results = [line for line in lines if line.startswith(_RESULT)]
+    at_end = lines[-1:] == expected[-1:]
     return Comparison(
         lines=wanted.total(),
         lost=(wanted - progress).total(),
         doubled=sum(count - wanted[line] for line, count in progress.items() if count > wanted[line] > 0),
         strange=tuple(line for line in progress if line not in wanted),
-        in_order=list(lines) == list(expected),
+        in_order=seen == list(expected[:-1]),
         result=" / ".join(results),
-        result_matches=results == [expected[-1]],
+        result_matches=results == [expected[-1]] and at_end,
     )

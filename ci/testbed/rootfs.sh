@@ -12,6 +12,7 @@ packages=(
 	openssh-server openssh-client openssh-sftp-server          # the store
 	criu python3-pycriu nftables libnftables1                  # checkpoints
 	python3 python3-paramiko python3-cryptography python3-zstandard python3-xxhash python3-numpy
+	python3-aiohttp                                            # the launcher
 	python3-pytest python3-pytest-timeout python3-hypothesis   # the tests that run inside a host
 	gcc libc6-dev make libslurm-dev                            # the product's native parts
 	iproute2 procps util-linux tini jq strace gdb-minimal

@@ -82,7 +82,8 @@ def configure(layout: Layout, root: Path) -> None:
         common.file(f"{_OWN}/rlimit_shim.so", (made / "rlimit_shim.so").read_bytes(), mode=0o755)
         common.file(
             "usr/local/sbin/criu",
-            f'#!/bin/sh\nLD_PRELOAD=/{_OWN}/rlimit_shim.so exec /usr/sbin/criu "$@"\n',
+            "#!/bin/sh\n"
+            f'LD_PRELOAD=/{_OWN}/rlimit_shim.so${{LD_PRELOAD:+:$LD_PRELOAD}} exec /usr/sbin/criu "$@"\n',
             mode=0o755,
         )
     for host in HOSTS.values():

@@ -16,7 +16,8 @@
  *
  * Descriptors: pidfd is of the peer; status is a SOCK_SEQPACKET pair to the peer (in: int32 signal to send to
  * the job; out: int32 wait status of the job; its end means that the peer is gone, and the job with it);
- * report takes lines: "init PID", "ready NSPID", "error TEXT"; state is a directory, in which "exit" (the wait
+ * report is one end of a stream socket pair and takes lines: "init PID", upon which it must be answered with a
+ * byte before anything of the job runs, then "ready NSPID", or "error TEXT"; state is a directory, in which "exit" (the wait
  * status) is written when the job has ended; program is a file of NUL-terminated strings: the count of
  * arguments, the arguments, the environment ("start" only).
  *
@@ -336,9 +337,13 @@ static void be_init(const struct options *options, const struct context *context
 {
 	sigset_t all;
 	pid_t job;
+	char consent;
 
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, NULL);
+	/* Even the shortest job is known before it runs: one that had ended unseen would be run again. */
+	if (read(report_fd, &consent, 1) != 1)
+		_exit(EXIT_FAILURE);
 	int signals = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
 	prctl(PR_SET_NAME, "outlast-init");
 	setsid();

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from criu_backend import CapsuleError, Criu, CriuError
+from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult, put_back
 from outlast.config import Config
 from outlast.errors import OutlastError, StoreUnavailable
 from outlast.manager._events import EventLog
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 30.0
+# How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
+_TAKE_SECONDS = 3600.0
+_LONGEST_WAIT_SECONDS = 86400.0
 
 
 class Checkpointer:
@@ -53,6 +56,9 @@ class Checkpointer:
         self._wake = threading.Condition()
         self._asked = 0
         self._done = 0
+        self._answered = 0  # as many of those that asked have had their checkpoint, or its failure
+        self._stopped = False
+        self._began = 0.0  # when the newest checkpoint, or the job, did
         self._ended = False
         self._told = False
         self.newest: Checkpoint | None = None
@@ -69,6 +75,30 @@ class Checkpointer:
             self._asked += 1
             self._wake.notify_all()
 
+    def take(self, seconds: float = _TAKE_SECONDS) -> Checkpoint:
+        """Have a checkpoint taken that begins after this call, and return it when it is in the store.
+
+        Raises OutlastError: it failed, the job ended, or it took longer than *seconds*.
+        """
+        with self._wake:
+            self._asked += 1
+            mine, before = self._asked, self._run.seq
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: self._answered >= mine or self._stopped, seconds)
+            if self._answered >= mine and self.newest is not None and self.newest.id.seq > before:
+                return self.newest
+        why = self.last_error or ("the job has ended" if self._ended else f"not done within {seconds:.0f} s")
+        raise OutlastError(f"job {self._run.job.job_id}: no checkpoint: {why}")
+
+    def set_interval(self, seconds: int) -> None:
+        """Take checkpoints every *seconds* from now on, or with 0 only when asked."""
+        self._events.add("interval", f"every {seconds} s from now on" if seconds else "only when asked from now on")
+        with self._wake:
+            self._run.interval = seconds
+            self._run.save()
+            self._began = time.monotonic()
+            self._wake.notify_all()
+
     def finish(self) -> None:
         """The job has ended: stop when what is under way is done."""
         with self._wake:
@@ -81,28 +111,38 @@ class Checkpointer:
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
-        interval = self._run.interval
-        due = time.monotonic() + interval
+        self._began = time.monotonic()
         lock = os.open(self._run.directory / "criu.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
             fcntl.flock(lock, fcntl.LOCK_EX)
             with open_store(self._config.store) as store:
-                while self._pause(due):
-                    begin = time.monotonic()
-                    self._checkpoint(store, lock, begin + interval)
+                while self._pause():
+                    self._began = time.monotonic()
+                    self._checkpoint(store, lock, self._began + (self._run.interval or _LONGEST_WAIT_SECONDS))
                     # A job whose checkpoints take longer than its interval must get on all the same.
-                    due = max(begin + interval, time.monotonic() + interval / 2)
+                    self._began = max(self._began, time.monotonic() - self._run.interval / 2)
+                    with self._wake:
+                        self._answered = self._done
+                        self._wake.notify_all()
         finally:
             os.close(lock)
+            with self._wake:
+                self._stopped = True
+                self._wake.notify_all()
 
-    def _pause(self, until: float) -> bool:
-        """Wait until *until* or until asked; return False when the job has ended."""
+    def _pause(self) -> bool:
+        """Wait until the next checkpoint is due or asked for; return False when the job has ended."""
         with self._wake:
-            while not self._ended and self._asked == self._done and (left := until - time.monotonic()) > 0:
+            while not self._ended and self._asked == self._done and (left := self._left()) > 0:
                 self._wake.wait(left)
             self._done = self._asked
             return not self._ended
+
+    def _left(self) -> float:
+        """Return how many seconds are left until a checkpoint is due; an interval of 0 is never over."""
+        interval = self._run.interval
+        return self._began + interval - time.monotonic() if interval else _LONGEST_WAIT_SECONDS
 
     def _checkpoint(self, store: Store, lock: int, overtaken: float) -> None:
         self._run.seq += 1
@@ -112,9 +152,10 @@ class Checkpointer:
         images = self._run.directory / "spool" / f"{id_.epoch}.{id_.seq}"
         try:
             images.mkdir(mode=0o700, parents=True)
-            meta = self._dump(images, lock)
-            begin = time.monotonic()
-            checkpoint = self._ship(store, id_, images, meta, overtaken)
+            with self._dump(images, lock, files := []) as result:
+                meta = self._meta(result, files)
+                begin = time.monotonic()
+                checkpoint = self._ship(store, id_, images, result, meta, overtaken)
         except (OutlastError, CriuError, CapsuleError, OSError) as error:
             # A job that ends while it is dumped is no failure of the dump.
             if self._run.capsule is not None and self._run.capsule.alive:
@@ -127,10 +168,12 @@ class Checkpointer:
             self.last_error = None
             self._events.add(
                 "checkpoint",
-                f"{name}: paused {meta['pause_ms']:.1f} ms, {checkpoint.image_bytes} bytes, "
+                f"{name}: paused {meta['pause_ms']:.1f} ms ({result.mode}), {checkpoint.image_bytes} bytes, "
                 f"{checkpoint.stored_bytes} shipped",
                 checkpoint=name,
                 pause_ms=meta["pause_ms"],
+                mode=result.mode,
+                reason=result.reason,
                 image_bytes=checkpoint.image_bytes,
                 stored_bytes=checkpoint.stored_bytes,
                 ship_s=round(time.monotonic() - begin, 3),
@@ -144,24 +187,29 @@ class Checkpointer:
             self._told = True
             self._say(f"no checkpoint: {error}; the job runs on{'; ' + hint if hint else ''}")
 
-    def _dump(self, images: Path, lock: int) -> dict[str, Any]:
+    def _dump(self, images: Path, lock: int, files: list[dict[str, Any]]) -> DumpResult:
+        """Dump the job, and add to *files* what a restore has to set back."""
         run = self._run
         capsule = run.capsule
         assert capsule is not None  # noqa: S101 - there is no checkpointer without a job
-        files: list[dict[str, Any]] = []
         self._events.add("dump", f"checkpoint {run.epoch}.{run.seq} begins")
         try:
-            result = self._criu.dump(
+            return self._criu.dump(
                 capsule,
                 images,
-                lambda: files.extend(open_for_writing(capsule.tasks())),
+                lambda: files.extend(self._look(capsule, images)),
                 tcp=self._config.checkpoint.tcp,
                 external=[entry["external"] for entry in run.passed if "external" in entry],
                 lock_fd=lock,
+                mode=self._config.checkpoint.mode,
             )
         finally:
             keep_log(images / "dump.log", run)
             (images / "dump.log").unlink(missing_ok=True)
+
+    def _meta(self, result: DumpResult, files: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the checkpoint's manifest tells of it."""
+        run = self._run
         return {
             "node": run.node,
             "epoch": run.epoch,
@@ -170,6 +218,7 @@ class Checkpointer:
             "uid": run.uid,
             "argv": run.argv,
             "pause_ms": round(result.pause * 1000, 3),
+            "mode": result.mode,
             "criu": result.criu_version,
             "kernel": os.uname().release,
             "machine": os.uname().machine,
@@ -177,10 +226,27 @@ class Checkpointer:
             "passed": run.passed,
         }
 
+    def _look(self, capsule: Capsule, images: Path) -> list[dict[str, Any]]:
+        """Tell what a restore has to set back, while the job stands still; under PBS some go with it."""
+        files = open_for_writing(capsule.tasks())
+        mom = self._run.mom
+        if mom is None:
+            return files
+        kept = mom.keep(capsule.tasks(), images, self._run.uid)
+        return [entry for entry in files if not mom.kept_here(entry["path"])] + kept
+
     def _ship(
-        self, store: Store, id_: CheckpointId, images: Path, meta: dict[str, Any], overtaken: float
+        self,
+        store: Store,
+        id_: CheckpointId,
+        images: Path,
+        result: DumpResult,
+        meta: dict[str, Any],
+        overtaken: float,
     ) -> Checkpoint:
         """Publish the checkpoint; while the store does not answer try again until the next one is due."""
+        put_back(result.memories, images)
+        result.close()
         wait = _FIRST_RETRY_SECONDS
         told = False
         while True:

@@ -26,7 +26,8 @@ from outlast.control import Peer
 from outlast.errors import LeaseLost, OutlastError, UsageError
 from outlast.manager._checkpoints import Checkpointer
 from outlast.manager._events import EventLog
-from outlast.manager._launch import Launcher, Run, first_epoch_of
+from outlast.manager._launch import Launcher, Run, epoch_of, first_epoch_of
+from outlast.manager._mom import Mom
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import JobKey, Lease, parse_interval
 from outlast.store import Store, open_store
@@ -56,6 +57,7 @@ class Manager:
         runtime: Path = RUNTIME,
         standalone: bool = False,
         first: bool = False,
+        mom: str | None = None,
     ) -> None:
         """Prepare; `run` does the work.
 
@@ -64,6 +66,7 @@ class Manager:
             uid: the job's owner as the scheduler told root; None takes the first shim's.
             standalone: no scheduler counts the job's runs, and none tells that it has ended.
             first: with *standalone*, this is known to be the job's first run.
+            mom: under PBS, what `Mom.parse` reads.
         """
         self._config = config
         self._job = JobKey(config.cluster, job_id)
@@ -71,6 +74,7 @@ class Manager:
         self._directory = self._link
         self._predecessor: Path | None = None
         self._uid = uid
+        self._mom = None if mom is None else Mom.parse(mom, runtime / f"{job_id}.requeue")
         self._standalone = standalone
         self._first = first
         self._node = socket.gethostname().split(".")[0]
@@ -124,6 +128,7 @@ class Manager:
                 else:
                     run = Run.load(self._job, self._node, old)
                     if run is not None and run.capsule is not None and run.capsule.alive:
+                        run.mom = self._mom
                         self._run = run
                         return old
                     shutil.rmtree(old, ignore_errors=True)
@@ -196,6 +201,8 @@ class Manager:
                 self._events.add("cancelled", str(error))
             case OutlastError():
                 self._events.add("not-started", str(error))
+                if self._mom is not None and error.exit_code in (os.EX_TEMPFAIL, os.EX_SOFTWARE):
+                    self._mom.ask_for_rerun(str(error))
                 shim.exit(error.exit_code, f"{error}; {error.hint}" if error.hint else str(error))
             case CapsuleError() | CriuError() | OSError():
                 self._events.add("no-capsule", str(error))
@@ -211,19 +218,22 @@ class Manager:
             raise UsageError(f"the job is of user {self._uid}, not of user {shim.peer.uid}")
         interval = parse_interval(shim.interval)
         self._criu.version()
-        epoch = int(shim.environment.get("SLURM_RESTART_COUNT", "0"))
+        epoch = epoch_of(shim.environment)
         if self._standalone and not self._first:
             with open_store(self._config.store) as store:
                 epoch = first_epoch_of(store, self._job)
         self._await_predecessor(shim)
         self._events.epoch = epoch
         run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
+        run.mom = self._mom
         self._run = run
         self._leased.set()
         run.capsule = self._launcher.launch(run, shim)
         run.save()
         shim.started()
         self._take_over(run, shim.say)
+        if run.mom is not None and run.mom.attach(next(run.capsule.tasks(), 0), run.uid):
+            shim.attached()
 
     def _take_over(self, run: Run, say: Callable[[str], None] = lambda _: None) -> None:
         """Checkpoint the running job from now on, and see to its end."""
@@ -306,9 +316,13 @@ class Manager:
         if not self._launcher.settled or run.capsule is None:
             return
         for request in store.take_requests(self._job):
-            if request.get("op") == "checkpoint" and self._checkpointer is not None:
+            if self._checkpointer is None:
+                continue
+            if request.get("op") == "checkpoint":
                 self._events.add("asked", f"user {request.get('uid')} asked for a checkpoint")
                 self._checkpointer.ask()
+            elif request.get("op") == "interval":
+                self._checkpointer.set_interval(int(request["seconds"]))
         self._events.flush(store)
 
     def _fence(self, error: LeaseLost) -> None:
@@ -331,12 +345,29 @@ class Manager:
             if self._checkpointer is None:
                 raise UsageError(f"job {self._job.job_id} does not run on this node")
             self._events.add("asked", f"user {peer.uid} asked for a checkpoint")
+            if request.get("wait"):
+                return {"checkpoint": self._checkpointer.take().id.name(self._job.job_id)}
             self._checkpointer.ask()
             return {}
+        if operation == "hold" and peer.uid == 0:
+            return self._hold()
         if operation == "job-ended" and peer.uid == 0:
             self._job_over.set()
+            if self._mom is not None and self._run is not None and self._run.capsule is not None:
+                # Had MoM not known of the capsule, nobody would have ended it.
+                self._run.capsule.kill()
             return {}
         raise UsageError(f"{operation!r}: no such request")
+
+    def _hold(self) -> Mapping[str, Any]:
+        """Take a checkpoint, and end this run when it is in the store: the scheduler holds the job."""
+        if self._mom is None or self._checkpointer is None or self._run is None or self._run.capsule is None:
+            raise UsageError(f"job {self._job.job_id} does not run on this node")
+        name = self._checkpointer.take().id.name(self._job.job_id)
+        self._events.add("held", f"the run ends with checkpoint {name}")
+        self._mom.ask_for_rerun("held")
+        self._run.capsule.kill()
+        return {"checkpoint": name}
 
     def _status(self) -> dict[str, Any]:
         run, checkpointer = self._run, self._checkpointer

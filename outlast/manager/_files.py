@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 _DELETED = " (deleted)"
 
 
-def open_for_writing(pids: Iterable[int]) -> list[dict[str, Any]]:
+def open_for_writing(pids: Iterable[int], *, links: bool = False) -> list[dict[str, Any]]:
     """Return path and size (bytes) of each regular file that a process of *pids* has open for writing.
+
+    With *links* there is also "link", the name in /proc by which the open file itself can be reached.
 
     Called while the processes stand still. The size is read through the open descriptor, never by the name,
     which the job's owner may have given to another file. Files without a name are left out: they are in
@@ -30,7 +33,8 @@ def open_for_writing(pids: Iterable[int]) -> list[dict[str, Any]]:
                 continue
             path = os.readlink(fd)  # noqa: PTH115
             if not path.endswith(_DELETED):
-                found[info.st_dev, info.st_ino] = {"path": path, "size": info.st_size}
+                entry: dict[str, Any] = {"path": path, "size": info.st_size}
+                found[info.st_dev, info.st_ino] = entry | ({"link": os.fspath(fd)} if links else {})
     return sorted(found.values(), key=lambda entry: str(entry["path"]))
 
 
@@ -48,6 +52,8 @@ def standard_files(fds: Iterable[int]) -> list[dict[str, Any]]:
 def passed_through(fds: Iterable[int]) -> list[dict[str, Any]]:
     """Tell which of a job's standard descriptors, numbered from 0, lead out of its capsule.
 
+    A pipe that nobody can write to any more does not lead out: it is the job's, with what is left in it.
+
     Returns:
         For each pipe and terminal: `fd`, its number in the job; `name`, what CRIU's --inherit-fd calls it;
         and for a terminal `external`, what CRIU's --external calls it. Source: criu(8).
@@ -56,11 +62,19 @@ def passed_through(fds: Iterable[int]) -> list[dict[str, Any]]:
     for number, fd in enumerate(fds):
         info = os.fstat(fd)
         if stat.S_ISFIFO(info.st_mode):
+            if _hung_up(fd):
+                continue
             found.append({"fd": number, "name": f"pipe:[{info.st_ino}]"})
         elif stat.S_ISCHR(info.st_mode) and os.isatty(fd):
             name = f"tty[{info.st_rdev:x}:{info.st_dev:x}]"
             found.append({"fd": number, "name": name, "external": name})
     return found
+
+
+def _hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _writes(fdinfo: Path) -> bool:

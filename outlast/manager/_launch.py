@@ -7,7 +7,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from outlast.config import Config
 from outlast.errors import OutlastError, RestoreFailed, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
+from outlast.manager._mom import Mom
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import Checkpoint, JobKey
 from outlast.store import Store, open_store
@@ -41,6 +42,7 @@ class Run:
     passed: list[dict[str, Any]] = field(default_factory=list)
     capsule: Capsule | None = None
     seq: int = 0  # of the newest checkpoint that was begun
+    mom: Mom | None = None  # under PBS
 
     def save(self) -> None:
         """Write down what another manager needs to take over, should this one die."""
@@ -162,6 +164,8 @@ class Launcher:
             shim.say(f"the checkpoint store does not answer ({why}); the job starts, and it is tried again")
 
     def _start(self, run: Run, shim: Shim) -> Capsule:
+        if run.mom is not None:
+            run.mom.await_script(shim.stdio[0])
         run.passed = passed_through(shim.stdio)
         capsule = start_capsule(shim.context, run.argv, shim.environment, run.directory)
         self._events.add("started", f"{' '.join(run.argv)}", interval=run.interval)
@@ -211,7 +215,11 @@ class Launcher:
         if start is None:
             # The store answers and has never heard of the job: it did not get as far as its first line.
             return self._begin(run, shim)
-        shim.set_back(start["files"], run.epoch - 1)
+        files = start["files"]
+        if run.mom is not None:
+            run.mom.set_back(files, shim.stdio)
+            files = [entry for entry in files if not run.mom.kept_here(entry["path"])]
+        shim.set_back(files, run.epoch - 1)
         capsule = self._start(run, shim)
         self._events.add("begun-again", "there was no checkpoint yet; the job began again from its start")
         return capsule
@@ -225,7 +233,10 @@ class Launcher:
         fetched = time.monotonic()
         try:
             meta = checkpoint.meta
-            shim.set_back(meta["files"], run.epoch - 1)
+            shim.set_back([entry for entry in meta["files"] if "name" not in entry], run.epoch - 1)
+            if run.mom is not None:
+                kept = [entry for entry in meta["files"] if "name" in entry]
+                run.mom.put_back(kept, images, shim.stdio, run.uid)
             passed = passed_through(shim.stdio)
             inherit = [(entry["fd"], entry["name"]) for entry in meta["passed"]]
             capsule = self._criu.restore(
@@ -259,6 +270,14 @@ def keep_log(log_file: Path, run: Run) -> None:
         kept = run.directory / log_file.name
         kept.touch(mode=0o600)
         shutil.copyfile(log_file, kept)
+
+
+def epoch_of(environment: Mapping[str, str]) -> int:
+    """Return which run of its job a shim with *environment* is: what the scheduler, or its hook, says."""
+    for name in ("OUTLAST_EPOCH", "SLURM_RESTART_COUNT"):
+        if name in environment:
+            return int(environment[name])
+    return 0
 
 
 def first_epoch_of(store: Store, job: JobKey) -> int:

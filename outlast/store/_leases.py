@@ -9,7 +9,9 @@ from outlast.model import JobKey, Lease, LeaseView
 from outlast.store._backend import Backend
 
 # JOB@EPOCH@NODE@UID: one listing tells all about every lease of a cluster.
-_NAME = re.compile(r"(?P<job>[^@]+)@(?P<epoch>[0-9]+)@(?P<node>[A-Za-z0-9_.:-]+)@(?P<uid>[0-9]+)")
+_NAME = re.compile(
+    r"(?P<job>[^@]+)@(?P<epoch>0|[1-9][0-9]*)@(?P<node>[A-Za-z0-9_.:-]+)@(?P<uid>0|[1-9][0-9]*)"
+)
 
 
 class Leases:

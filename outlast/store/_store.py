@@ -25,7 +25,9 @@ from outlast.store._manifest import File, Manifest, decode, encode
 _log = logging.getLogger(__name__)
 
 # Both kinds of file of a checkpoint, and what is left of one whose writing broke off.
-_CHECKPOINT_FILE = re.compile(r"(?P<epoch>[0-9]+)-(?P<seq>[0-9]+)\.(json|bin)(\.[0-9a-f]+\.tmp)?")
+_CHECKPOINT_FILE = re.compile(
+    r"(?P<epoch>0|[1-9][0-9]*)-(?P<seq>0|[1-9][0-9]*)\.(json|bin)(\.[0-9a-f]+\.tmp)?"
+)
 _JOBS_KNOWN = 1000  # jobs whose manifests are remembered
 _SMALL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
@@ -63,7 +65,7 @@ class Store:
         """Store every regular file below the directory *source* as the checkpoint *id* of *job*.
 
         The manifest goes last: afterwards the checkpoint is there and complete, or not there at all. It is
-        on the server's disk. Memory stays within some 50 MiB, plus 150 bytes for each MiB of the image.
+        on the server's disk. Memory stays within some 60 MiB, plus 300 bytes for each MiB of the image.
 
         Args:
             meta: JSON values, given back by `checkpoints`.
@@ -318,6 +320,9 @@ class Store:
 
     def _stored(self, manifest: Manifest) -> Iterator[bytes]:
         name = manifest.id.name(manifest.job.job_id)
+        entry = self._backend.entry(_data_name(manifest.job, manifest.id))
+        if entry is not None and entry.size != manifest.data_size:
+            raise CorruptCheckpoint(f"{manifest.job}: data of {name}: torn")
         try:
             yield from self._backend.read_ranges(_data_name(manifest.job, manifest.id), manifest.ranges())
         except FileNotFoundError:

@@ -260,7 +260,10 @@ class Wire:
     def _handshake(self) -> dict[bytes, bytes]:
         with self._losing():
             self._link.send(struct.pack(">IBI", 5, _INIT, 3))
-        packet = self._packet()
+        try:
+            packet = self._packet()
+        except Lost as error:
+            raise Lost(f"no SFTP session: {error}") from error
         if packet[0] != _VERSION:
             raise Lost("sends no SFTP")
         extensions = {}

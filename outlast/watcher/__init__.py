@@ -15,6 +15,7 @@ from outlast import control
 from outlast.config import Config
 from outlast.errors import OutlastError
 from outlast.scheduler import Scheduler
+from outlast.scheduler.pbs import PbsScheduler
 from outlast.scheduler.slurm import SlurmScheduler
 from outlast.store import open_store
 from outlast.watcher.answers import Desk
@@ -31,7 +32,7 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
     Raises:
         ConfigError: the store's address or key, or the scheduler's commands, are not there.
     """
-    scheduler = scheduler or SlurmScheduler()
+    scheduler = scheduler or (PbsScheduler() if config.scheduler == "pbs" else SlurmScheduler())
     wake = Wake()
     ending: list[int] = []
 

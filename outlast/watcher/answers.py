@@ -56,6 +56,8 @@ class Desk:
                 return self._events(peer, request)
             case "checkpoint":
                 return self._checkpoint(peer, request)
+            case "interval":
+                return self._interval(peer, request)
             case "ended":
                 return self._ended(peer)
         raise UsageError(f"{request.get('op')!r}: the watcher knows no such request")
@@ -99,6 +101,14 @@ class Desk:
                     state = known.raw_state if known else "gone"
                     raise UsageError(f"job {job.job_id}: is {state}; only a running job can be checkpointed")
             return {"request": store.post_request(job, {"op": "checkpoint", "uid": peer.uid})}
+
+    def _interval(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Pass on what the scheduler's hook was told of a running job's interval."""
+        if not (_is_operator(peer) or peer.uid in self._scheduler_users()):
+            raise UsageError("only the scheduler may change the interval of a job")
+        with self._store() as store:
+            job = self._job_of(Peer(peer.pid, 0, 0), request, store)
+            return {"request": store.post_request(job, {"op": "interval", "seconds": int(request["seconds"])})}
 
     def _ended(self, peer: Peer) -> Mapping[str, Any]:
         if not (_is_operator(peer) or peer.uid in self._scheduler_users()):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outlast.config import Config
-from outlast.model import JobKey, JobState, LeaseView, SchedulerJob
+from outlast.model import JobKey, JobState, LeaseView, SchedulerJob, SchedulerNode
 from outlast.scheduler import Scheduler, SchedulerRefused
 from outlast.store import Store
 from outlast.watcher.decisions import (
@@ -114,11 +114,20 @@ class Loop:
         )
 
     def _observe(self) -> Snapshot:
-        jobs, nodes = self._scheduler.jobs(), self._scheduler.nodes()
-        self._looked = time.monotonic()
-        probes = self._prober.ask(suspects(self.leases, jobs, nodes, self._config))
+        jobs, nodes = self._look()
+        asked = suspects(self.leases, jobs, nodes, self._config)
+        probes = self._prober.ask(asked)
+        if asked:
+            # A silent node took a second, in which a job may have been requeued or a lease renewed.
+            self.leases = tuple(self._store.leases(self._config.cluster))
+            jobs, nodes = self._look()
         self._forget_gone(jobs)
         return Snapshot(time.time(), self.leases, jobs, nodes, probes, tuple(self._done))
+
+    def _look(self) -> tuple[tuple[SchedulerJob, ...], tuple[SchedulerNode, ...]]:
+        jobs, nodes = self._scheduler.jobs(), self._scheduler.nodes()
+        self._looked = time.monotonic()
+        return jobs, nodes
 
     def _with_done(self, old: Snapshot) -> Snapshot:
         return Snapshot(old.now, old.leases, old.jobs, old.nodes, old.probes, tuple(self._done))

@@ -19,23 +19,13 @@ from outlast.store._remote import SftpBackend
 from outlast.store._sftp import Server
 
 if TYPE_CHECKING:
-    from tests.conftest import Need, SshServer, StartSshd
-
-# What other servers lack of OpenSSH's extensions.
-_BARE = "internal-sftp -P posix-rename,fsync,limits,statvfs"
+    from tests.conftest import Need, SshServer
 
 
-@pytest.fixture(scope="session")
-def bare_sshd(start_sshd: StartSshd) -> SshServer:
-    """A server that speaks SFTP version 3 and nothing beyond it."""
-    return start_sshd(sftp=_BARE)
-
-
-@pytest.fixture(params=["local", "sftp", "bare-sftp"])
+@pytest.fixture(params=["local", "sftp"])
 def server(request: pytest.FixtureRequest) -> SshServer | None:
     """The server of the store, or None for a store in a directory."""
-    fixture = {"local": None, "sftp": "sshd", "bare-sftp": "bare_sshd"}[request.param]
-    return request.getfixturevalue(fixture) if fixture else None
+    return request.getfixturevalue("sshd") if request.param == "sftp" else None
 
 
 @pytest.fixture

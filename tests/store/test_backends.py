@@ -17,7 +17,20 @@ from outlast.store._local import LocalBackend
 from outlast.store._remote import SftpBackend
 
 if TYPE_CHECKING:
-    from tests.conftest import SshServer
+    from tests.conftest import SshServer, StartSshd
+
+
+@pytest.fixture(scope="module")
+def bare_sshd(start_sshd: StartSshd) -> SshServer:
+    """A server that speaks SFTP version 3 and nothing beyond it."""
+    return start_sshd(sftp="internal-sftp -P posix-rename,fsync,limits,statvfs")
+
+
+@pytest.fixture(params=["local", "sftp", "bare-sftp"])
+def server(request: pytest.FixtureRequest) -> SshServer | None:
+    """The server of the store, or None for a store in a directory."""
+    fixture = {"local": None, "sftp": "sshd", "bare-sftp": "bare_sshd"}[request.param]
+    return request.getfixturevalue(fixture) if fixture else None
 
 
 def names(directory: Path) -> set[str]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import subprocess
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from outlast.config import StoreConfig
-from outlast.errors import ConfigError, OutlastError, StoreRefused, StoreUnavailable
+from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.model import CheckpointId, JobKey, Lease
-from outlast.store import Store, open_store
+from outlast.store import open_store
 
 if TYPE_CHECKING:
     from tests.conftest import SshServer, StartSshd
@@ -188,6 +188,65 @@ def test_server_that_falls_silent_in_the_middle_is_unavailable_after_the_timeout
         assert store.checkpoints(job)[0].id == SECOND
 
 
+class Relay:
+    """Hands bytes to a server and back, until it is told to take no more; its buffers are small."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        self.port = int(self._listener.getsockname()[1])
+        self.stopped = threading.Event()
+        self.done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        near, _ = self._listener.accept()
+        with near, socket.create_connection(("127.0.0.1", self._to)) as far:
+            while not self.stopped.is_set():
+                for ready in select.select([near, far], [], [], 0.05)[0]:
+                    data = ready.recv(4096)
+                    if not data:
+                        self.stopped.set()
+                    (far if ready is near else near).sendall(data)
+            self.done.wait(60)
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.done.set()
+        self._thread.join(60)
+        self._listener.close()
+
+
+def test_server_that_takes_no_more_bytes_is_unavailable_after_the_timeout(
+    server: SshServer, top: Path, job: JobKey, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = socket.create_connection
+
+    def connect_narrowly(address: tuple[str, int], timeout: float | None = None) -> socket.socket:
+        connection = connect(address, timeout)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        return connection
+
+    relay = Relay(server.port)
+    config = server.config(top, timeout=1.0)
+    server.known_hosts.write_text(server.known_hosts.read_text().replace(str(server.port), str(relay.port)))
+    config = dataclasses.replace(config, url=config.url.replace(str(server.port), str(relay.port)))
+    monkeypatch.setattr("outlast.store._sftp.socket.create_connection", connect_narrowly)
+    with open_store(config) as store:
+        thread, outcome = in_background(lambda: store.publish(job, FIRST, large, {}))
+        wait_until(lambda: stored_bytes(top) > 1 << 20)
+        relay.stopped.set()
+        start = time.monotonic()
+        thread.join(30)
+        taken = time.monotonic() - start
+        relay.close()
+
+        assert taken < 8
+        assert isinstance(outcome[0], StoreUnavailable)
+
+
 def test_absent_server_is_unavailable(server: SshServer, top: Path, job: JobKey) -> None:
     server.kill()
 
@@ -202,135 +261,6 @@ def test_host_without_an_address_is_unavailable(server: SshServer, top: Path, jo
 
     with open_store(config) as store, pytest.raises(StoreUnavailable, match=r"no-such-host\.invalid"):
         store.checkpoints(job)
-
-
-# --- who is who ---------------------------------------------------------------------------------------
-
-
-def refusal(config: StoreConfig, job: JobKey) -> OutlastError:
-    with open_store(config) as store, pytest.raises(OutlastError) as caught:
-        store.checkpoints(job)
-    return caught.value
-
-
-def test_unknown_host_key_is_refused_and_told(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path
-) -> None:
-    known = tmp_path / "known"
-    known.write_text("")
-    error = refusal(dataclasses.replace(server.config(top), known_hosts=known), job)
-
-    assert isinstance(error, ConfigError)
-    assert f"[127.0.0.1]:{server.port}" in str(error)
-    assert str(known) in str(error)
-    assert fingerprint(server.host_key) in str(error)
-    assert known.read_text() == ""
-    assert error.hint is not None
-    known.write_text(error.hint.partition("the line: ")[2] + "\n")  # as the hint says
-    with open_store(dataclasses.replace(server.config(top), known_hosts=known)) as store:
-        assert store.checkpoints(job) == []
-
-
-def test_changed_host_key_is_refused_and_told(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path
-) -> None:
-    known = tmp_path / "known"
-    other = (server.key.with_suffix(".pub")).read_text().split()[:2]
-    known.write_text(f"[127.0.0.1]:{server.port} {' '.join(other)}\n")
-    error = refusal(dataclasses.replace(server.config(top), known_hosts=known), job)
-
-    assert isinstance(error, ConfigError)
-    assert str(known) in str(error)
-    assert fingerprint(server.host_key) in str(error)
-    assert "not the one" in str(error)
-
-
-def test_host_key_of_another_port_does_not_count(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path
-) -> None:
-    known = tmp_path / "known"
-    known.write_text(server.known_hosts.read_text().replace(str(server.port), "22"))
-
-    assert isinstance(refusal(dataclasses.replace(server.config(top), known_hosts=known), job), ConfigError)
-
-
-def test_hashed_known_hosts_are_understood(server: SshServer, top: Path, job: JobKey, tmp_path: Path) -> None:
-    known = tmp_path / "known"
-    known.write_text(server.known_hosts.read_text())
-    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], check=True)
-
-    assert "127.0.0.1" not in known.read_text()
-    with open_store(dataclasses.replace(server.config(top), known_hosts=known)) as store:
-        assert store.checkpoints(job) == []
-
-
-@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
-def test_server_may_be_known_by_any_of_its_keys(
-    start_sshd: StartSshd, job: JobKey, tmp_path: Path, kind: str
-) -> None:
-    key = tmp_path / "other"
-    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(key)], check=True)
-    server = start_sshd(extra=f"HostKey {key}\n")
-    known = tmp_path / "known"
-    public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
-    known.write_text(f"[127.0.0.1]:{server.port} {public}\n")
-
-    with open_store(dataclasses.replace(server.config(server.served), known_hosts=known)) as store:
-        assert store.checkpoints(job) == []
-    server.kill()
-
-
-@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
-def test_user_key_may_be_of_any_usual_kind(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path, kind: str
-) -> None:
-    key = tmp_path / "other"
-    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(key)], check=True)
-    with server.key.with_suffix(".pub").open("a") as authorized:
-        authorized.write(key.with_suffix(".pub").read_text())
-
-    with open_store(dataclasses.replace(server.config(top), identity=key)) as store:
-        assert store.checkpoints(job) == []
-
-
-def test_refused_user_key_is_told_with_the_line_that_is_missing(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path
-) -> None:
-    key = tmp_path / "other"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    error = refusal(dataclasses.replace(server.config(top), identity=key), job)
-
-    assert isinstance(error, StoreRefused)
-    assert str(key) in str(error)
-    public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
-    assert error.hint is not None
-    assert public in error.hint
-
-
-def test_no_other_key_of_this_user_is_tried(
-    server: SshServer, top: Path, job: JobKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True, mode=0o700)
-    (home / ".ssh/id_ed25519").write_bytes(server.key.read_bytes())
-    (home / ".ssh/known_hosts").write_bytes(server.known_hosts.read_bytes())
-    key = tmp_path / "other"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    monkeypatch.setenv("HOME", str(home))
-
-    assert isinstance(refusal(dataclasses.replace(server.config(top), identity=key), job), StoreRefused)
-    empty = tmp_path / "known"
-    empty.write_text("")
-    assert isinstance(refusal(dataclasses.replace(server.config(top), known_hosts=empty), job), ConfigError)
-
-
-def test_server_without_sftp_is_told(start_sshd: StartSshd, job: JobKey) -> None:
-    server = start_sshd(sftp="/bin/false")
-    error = refusal(server.config(server.served), job)
-    server.kill()
-
-    assert isinstance(error, StoreRefused | StoreUnavailable)
-    assert "127.0.0.1" in str(error)
 
 
 def test_read_only_server_is_refused(start_sshd: StartSshd, job: JobKey, source: Path) -> None:
@@ -355,56 +285,3 @@ def test_full_server_says_so(server: SshServer, small_disk: Path, job: JobKey, l
         assert caught.value.hint == "make room on the server"
         assert stored_bytes(small_disk) == 0
         store.put_record(job, "start", {})
-
-
-# --- configuration ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("", "is not set"),
-        ("/srv/ckpt", "neither"),
-        ("http://store/ckpt", "neither"),
-        ("sftp://store/ckpt", "no user"),
-        ("sftp://outlast@/ckpt", "no host"),
-        ("sftp://outlast@store", "no directory"),
-        ("sftp://outlast:secret@store/ckpt", "password"),
-        ("sftp://outlast@store:port/ckpt", "(?i)port"),
-        ("sftp://outlast@store/../ckpt", r"\.\."),
-        ("sftp://outlast@store/ckpt?x=1", r"\?"),
-        ("file://store/ckpt", "no directory of this machine"),
-        ("file:///", "no directory of this machine"),
-    ],
-)
-def test_url_that_says_nothing_clear_is_refused(url: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why) as caught:
-        open_store(StoreConfig(url=url))
-    assert caught.value.hint is not None
-    assert "secret" not in (caught.value.hint + "")
-
-
-def test_key_and_known_hosts_are_checked_when_the_store_is_opened(
-    server: SshServer, top: Path, tmp_path: Path
-) -> None:
-    config = server.config(top)
-    (tmp_path / "garbage").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nxx\n")
-    locked = tmp_path / "locked"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(locked)], check=True)
-    server.kill()
-
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"identity": tmp_path / "absent"}, "absent: no such file"),
-        ({"identity": tmp_path / "garbage"}, "garbage: not a private key"),
-        ({"identity": locked}, "locked: .*passphrase"),
-        ({"known_hosts": tmp_path / "absent"}, "absent: no such file"),
-    ]
-    for change, why in changes:
-        with pytest.raises(ConfigError, match=why):
-            open_store(dataclasses.replace(config, **change))
-    assert isinstance(open_store(config), Store)
-
-
-def fingerprint(public: Path) -> str:
-    told = subprocess.run(["ssh-keygen", "-l", "-f", str(public)], capture_output=True, text=True, check=True)
-    return told.stdout.split()[1]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -16,9 +16,6 @@ from outlast.config import StoreConfig
 from outlast.errors import CorruptCheckpoint, StoreRefused, UsageError
 from outlast.model import CheckpointId, JobKey, Lease, LeaseView
 from outlast.store import Store, open_store
-
-if TYPE_CHECKING:
-    from tests.conftest import SshServer
 
 
 @pytest.fixture
@@ -40,11 +37,7 @@ def test_record_is_read_as_it_was_put_last(store: Store, other: Store, job: JobK
     assert other.get_record(job, "ended") is None
 
 
-def test_reader_sees_the_old_record_or_the_new_one_whole(
-    store: Store, other: Store, job: JobKey, server: SshServer | None
-) -> None:
-    if server is not None and server.is_bare:
-        pytest.skip("without posix-rename there is neither for a moment")
+def test_reader_sees_the_old_record_or_the_new_one_whole(store: Store, other: Store, job: JobKey) -> None:
     values = [{"number": number, "rest": [number] * 5000} for number in range(2)]
     store.put_record(job, "start", values[0])
     seen: list[Mapping[str, Any] | None] = []

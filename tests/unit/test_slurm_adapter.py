@@ -276,7 +276,7 @@ def program(place: Path, name: str, script: str) -> None:
 
 
 def test_one_query_tells_all_jobs(programs: Path) -> None:
-    program(programs, "squeue", f'[ "$*" = "--all --states=all --json" ] && cat {DATA}/lost.jobs.json')
+    program(programs, "squeue", f'[ "$*" = "--all --states=all --json" ] && cat "{DATA}/lost.jobs.json"')
 
     assert {job.job_id: job for job in slurm.SlurmScheduler().jobs()} == jobs("lost")
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -194,6 +195,19 @@ def test_a_silent_node_is_asked_before_the_lease_has_run_out(site: Site, silent:
     assert site.store.leases("c")[0].age > 1.0
 
 
+def test_a_lease_that_is_renewed_while_its_node_is_asked_counts(site: Site, silent: int) -> None:
+    site.show("running", port=silent)
+    lease = site.lease("4", age=2.0)
+    loop = site.loop()
+    loop.cycle()
+    late = threading.Timer(0.5, open_store(site.config.store).renew_lease, [lease])
+    late.start()
+
+    assert kinds(loop.cycle()) == [Leave]
+    late.join()
+    assert site.told() == []
+
+
 def test_a_node_whose_kernel_refuses_is_left_alone_and_its_owner_told_once(site: Site, refusing: int) -> None:
     site.show("running", port=refusing)
     site.lease("4", age=2.0)
@@ -215,22 +229,9 @@ def test_a_job_whose_lease_is_renewed_costs_the_scheduler_no_query(site: Site, s
     site.lease("4")
 
     assert loop.cycle() == ()
-
     site.lease("4", age=2.0)
-
     with pytest.raises(SchedulerUnavailable):
         loop.cycle()
-
-
-def test_a_job_that_asks_for_the_dead_node_by_name_is_left_and_told_so(site: Site, silent: int) -> None:
-    site.show("lost", port=silent)
-    site.lease("4", age=2.0)
-    loop = site.loop()
-    loop.cycle()
-    loop.cycle(look=True)
-
-    assert site.told() == []
-    assert site.events("4") == ["pinned"]
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -244,8 +245,7 @@ def test_a_lost_job_is_requeued_once_even_if_slurm_refuses(site: Site, silent: i
     assert [kinds(loop.cycle(look=True)) for _ in range(3)] == [[Requeue], [Leave], [Leave]]
     assert site.told() == ["requeue 5"]
     (event,) = site.store.events(JobKey("c", "5"))
-    assert (event["event"], event["refused"]) == ("requeued", refused)
-    assert ("presently disabled" in event["text"]) is refused
+    assert (event["event"], "presently disabled" in event["text"]) == ("requeued", refused)
 
 
 def test_leases_of_ended_jobs_are_taken_away(site: Site, silent: int) -> None:
@@ -307,8 +307,6 @@ def test_the_daemon_acts_and_survives_an_absent_slurmctld_and_ends_by_sigterm(
     with site.daemon():
         wait_for(lambda: "nothing can be decided" in site.log())
         time.sleep(0.5)
-        assert site.told() == []
-
         (site.here / "away").unlink()
         wait_for(lambda: len(site.told()) == 2)
 

@@ -1,0 +1,196 @@
+"""Twins: the copy-on-write copies of a job's processes that a forked dump leaves behind, until they are read.
+
+native/twin makes them. Each is a child of the capsule's init, parked, and ends by itself when the counter in
+its memory has not been counted up for a minute: so none outlives its reader for long, whatever happens to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from criu_backend._capsule import Capsule, _children, _inner_pid
+from criu_backend._memory import read_exactly
+
+_NAME = "outlast-twin"  # native/twin/code.S
+_BEAT_SECONDS = 5.0
+
+# Source: linux/fs.h, PAGEMAP_SCAN and struct pm_scan_arg.
+_PAGEMAP_SCAN = 0xC0606610
+_SCAN = struct.Struct("<12Q")
+_WALK_END = struct.Struct("<Q")
+_WALK_END_AT = 32
+_REGIONS = 4096
+_IS_FILE, _IS_PRESENT, _IS_SWAPPED, _IS_PFNZERO = 4, 8, 16, 32
+_IS_GUARD = 256
+
+
+class Twin:
+    """The twin of the process that its images call *pid*. *pidfd* keeps its PID, here *here*, from being reused."""
+
+    def __init__(self, pid: int, here: int, beat: int, copy_seconds: float) -> None:
+        self.pid = pid
+        self.here = here
+        self.copy_seconds = copy_seconds
+        self._beat_at = beat
+        self._beats = 0
+        self._pidfd = os.pidfd_open(here)
+        try:
+            self._mem = os.open(f"/proc/{here}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._pidfd)
+            raise
+
+    def readinto(self, vaddr: int, buffer: memoryview) -> None:
+        """Fill *buffer* from the twin's memory at *vaddr*. Raises OSError when the twin has ended."""
+        read_exactly(self._mem, buffer, vaddr)
+
+    def pages(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of all the private memory that the twin holds, in order of address.
+
+        As CRIU has it: what is in memory or swapped out, and neither a file's own page nor the zero page.
+        """
+        pagemap = os.open(f"/proc/{self.here}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for start, end in private_mappings(self.here):
+                yield from _scan(pagemap, start, end)
+        finally:
+            os.close(pagemap)
+
+    def beat(self) -> None:
+        """Keep the twin alive for another minute. Raises OSError when it has ended."""
+        self._beats += 1
+        os.pwrite(self._mem, struct.pack("<Q", self._beats), self._beat_at)
+
+    def end(self) -> None:
+        """End the twin; what it held is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        os.close(self._pidfd)
+        os.close(self._mem)
+
+
+class Keeper:
+    """Keeps *twins* alive until it is closed, and ends them then, or as soon as *must_end* says so."""
+
+    def __init__(self, twins: Sequence[Twin], must_end: Callable[[], bool], seconds: float = 0.5) -> None:
+        self._twins = list(twins)
+        self._must_end = must_end
+        self._seconds = seconds
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="twins", daemon=True)
+        self.gave_up = False  # the job needs the memory
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the twins."""
+        self._closed.set()
+        self._thread.join()
+        self._end()
+
+    def _run(self) -> None:
+        left = _BEAT_SECONDS
+        while not self._closed.wait(self._seconds):
+            left -= self._seconds
+            if self._must_end():
+                self.gave_up = True
+                for twin in self._twins:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(twin.here, signal.SIGKILL)
+                return
+            if left <= 0:
+                left = _BEAT_SECONDS
+                for twin in self._twins:
+                    with contextlib.suppress(OSError):
+                        twin.beat()
+
+    def _end(self) -> None:
+        for twin in self._twins:
+            twin.end()
+        self._twins.clear()
+
+
+def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int]]:
+    """Return the twins that a dump into the directory *images* left in *capsule*, and the PIDs, as the images
+    have them, of processes that have none.
+
+    Raises:
+        OSError: a twin has ended already.
+    """
+    here = {_inner_pid(pid): pid for pid in _children(capsule.init_pid)}
+    found: list[Twin] = []
+    without = []
+    try:
+        for line in (images / "twins").read_text().splitlines():
+            pid, twin, beat, usecs = line.split()
+            if twin == "0":
+                without.append(int(pid))
+            elif int(twin) not in here:
+                raise ProcessLookupError(f"the twin of process {pid} has ended")
+            else:
+                found.append(Twin(int(pid), here[int(twin)], int(beat, 16), int(usecs) / 1e6))
+    except BaseException:
+        for one in found:
+            one.end()
+        raise
+    return found, without
+
+
+def end_twins(capsule: Capsule) -> int:
+    """End every twin in *capsule*, whoever left it; return how many there were."""
+    count = 0
+    for pid in _children(capsule.init_pid):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == _NAME:
+                os.kill(pid, signal.SIGKILL)
+                count += 1
+    return count
+
+
+def private_mappings(pid: int) -> list[tuple[int, int]]:
+    """Return (start, end) of the private mappings of process *pid* but for the kernel's own, in order.
+
+    Source: proc_pid_maps(5).
+    """
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        addresses, access, _, _, _, *rest = line.split(None, 5)
+        name = rest[0] if rest else ""
+        if access[3] == "p" and not name.startswith(("[vdso]", "[vvar", "[vsyscall]")):
+            start, _, end = addresses.partition("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    regions = (ctypes.c_uint64 * (3 * _REGIONS))()
+    inverted = _IS_PFNZERO | _IS_FILE
+    wanted = _IS_PRESENT | _IS_SWAPPED
+    told = wanted | _IS_GUARD
+    at = start
+    while at < end:
+        argument = bytearray(
+            _SCAN.pack(
+                *(_SCAN.size, 0, at, end, 0, ctypes.addressof(regions), _REGIONS, 0),
+                *(inverted, inverted, wanted, told),
+            )
+        )
+        try:
+            count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not told & _IS_GUARD:
+                raise
+            told = wanted  # Linux before 6.15 tells guard regions from pages by nothing, and CRIU neither
+            continue
+        for i in range(count):
+            if not regions[3 * i + 2] & _IS_GUARD:
+                yield regions[3 * i], regions[3 * i + 1]
+        (at,) = _WALK_END.unpack_from(argument, _WALK_END_AT)

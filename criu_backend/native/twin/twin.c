@@ -1,0 +1,312 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * outlast-twin.so: lets an unmodified CRIU make a forked checkpoint.
+ *
+ * It is both a plugin of CRIU (--libdir) and preloaded into it (LD_PRELOAD).
+ *
+ * 1. When the tree is frozen the plugin has every process make a copy-on-write twin (inject.c), and writes
+ *    them down in the image directory's file "twins": lines "PID TWIN BEAT USECS", where TWIN is 0 for a process
+ *    that has none, BEAT the hexadecimal address of the counter by which the twin is kept alive, and USECS how
+ *    long the copying took. All PIDs are those of CRIU's own PID namespace.
+ * 2. CRIU asks the kernel which pages there are by ioctl(PAGEMAP_SCAN), which is answered here: private memory
+ *    that the twin holds looks empty. So CRIU writes everything but that, and lets the job run on.
+ *
+ * The pages are read from the twins afterwards. Where a process could be given no twin nothing of it is
+ * hidden, and CRIU dumps it as it always does. */
+#define _GNU_SOURCE
+#include "plugin.h"
+#include "twin.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/prctl.h>
+#include <linux/ptrace.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static struct twin *twins;
+static bool made;
+static int record = -1;
+
+void say(const char *format, ...)
+{
+	char text[512];
+	va_list values;
+
+	va_start(values, format);
+	vsnprintf(text, sizeof(text), format, values);
+	va_end(values);
+	if (print_on_level != NULL)
+		print_on_level(LOG_WARNING, "Warn  (outlast-twin): %s\n", text);
+}
+
+static bool write_down(pid_t pid, const struct order *order)
+{
+	char line[128];
+	int length = snprintf(line, sizeof(line), "%d %d %lx %u\n", pid, order->twin, order->beat, order->fork_usecs);
+
+	return write(record, line, (size_t) length) == length;
+}
+
+static pid_t parent_of(pid_t pid)
+{
+	char path[64], text[512];
+	pid_t parent = -1;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	if (fd >= 0)
+		close(fd);
+	if (length > 0) {
+		text[length] = '\0';
+		const char *name_end = strrchr(text, ')');
+		if (name_end == NULL || sscanf(name_end + 1, " %*c %d", &parent) != 1)
+			parent = -1;
+	}
+	return parent;
+}
+
+/* Kills a twin that is still stopped. Whose child it is learns of its end. */
+static void discard(pid_t twin)
+{
+	int status;
+
+	kill(twin, SIGKILL);
+	while (waitpid(twin, &status, __WALL) == twin && !WIFEXITED(status) && !WIFSIGNALED(status))
+		;
+}
+
+/* Hides what the twin holds of the process's private memory. MADV_DONTFORK has it missing there and
+ * MADV_WIPEONFORK empty; huge pages of hugetlbfs may be taken from the twin by the process's next write. */
+static void hide(struct twin *twin, const struct layout *layout)
+{
+	struct layout held;
+	char path[64];
+	size_t at = 0, kept = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", twin->pid);
+	int mine = open(path, O_RDONLY | O_CLOEXEC);
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", twin->twin);
+	int theirs = open(path, O_RDONLY | O_CLOEXEC);
+	twin->hidden.ranges = calloc(layout->count + 1, sizeof(struct range));
+	if (mine >= 0 && theirs >= 0 && twin->hidden.ranges != NULL && layout_read(&held, twin->twin)) {
+		for (size_t i = 0; i < layout->count; i++) {
+			const struct range *range = &layout->ranges[i];
+			while (at < held.count && held.ranges[at].start < range->start)
+				at++;
+			bool same = at < held.count && held.ranges[at].start == range->start &&
+				    held.ranges[at].end == range->end;
+			if (same && (has_pages(theirs, range) || !has_pages(mine, range)))
+				twin->hidden.ranges[kept++] = *range;
+		}
+		layout_free(&held);
+	}
+	twin->hidden.count = kept;
+	if (mine >= 0)
+		close(mine);
+	if (theirs >= 0)
+		close(theirs);
+}
+
+/* Makes the twin of one process; says why where there is none. *first* is the tree's root. */
+static void make_twin(pid_t pid, bool first)
+{
+	struct layout layout;
+	struct order order = { .fork = true };
+	const char *problem;
+	char path[64];
+
+	if (!layout_read(&layout, pid)) {
+		say("%d has no twin: its memory map cannot be read", pid);
+		return;
+	}
+	if (first) {
+		/* The root takes its tree's orphans, and must not have the twins: see finish_root(). */
+		order.call = SYS_prctl;
+		order.arguments[0] = PR_SET_CHILD_SUBREAPER;
+	}
+	struct twin *twin = calloc(1, sizeof(*twin));
+	problem = twin == NULL ? "out of memory" : inject(pid, &layout.vdso, &order);
+	if (problem == NULL && order.twin != 0 && parent_of(order.twin) != 1) {
+		pid_t parent = parent_of(order.twin);
+		discard(order.twin);
+		struct layout other;
+		struct order reap = { .call = SYS_wait4, .arguments = { order.twin, 0, __WALL, 0 } };
+		if (layout_read(&other, parent)) {
+			inject(parent, &other.vdso, &reap);
+			layout_free(&other);
+		}
+		order.twin = 0;
+		problem = "another process of the job takes orphans";
+	}
+	if (problem == NULL && order.twin != 0 && !write_down(pid, &order)) {
+		discard(order.twin);
+		order.twin = 0;
+		problem = "it could not be written down";
+	}
+	if (problem == NULL && order.twin != 0) {
+		twin->pid = pid;
+		twin->twin = order.twin;
+		/* The first to go when memory is short. */
+		snprintf(path, sizeof(path), "/proc/%d/oom_score_adj", order.twin);
+		int fd = open(path, O_WRONLY | O_CLOEXEC);
+		if (fd < 0 || write(fd, "1000", 4) != 4)
+			say("%s: %s", path, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		syscall(SYS_ptrace, PTRACE_DETACH, (long) order.twin, NULL, NULL);
+		hide(twin, &layout);
+		twin->next = twins;
+		twins = twin;
+	} else {
+		say("%d has no twin: %s", pid, problem != NULL ? problem : "it made none");
+		order.twin = 0;
+		order.beat = 0;
+		write_down(pid, &order);
+		free(twin);
+	}
+	layout_free(&layout);
+}
+
+static bool is_traced(pid_t pid)
+{
+	char path[64], line[256];
+	int tracer = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	FILE *file = fopen(path, "re");
+	while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
+		if (sscanf(line, "TracerPid: %d", &tracer) == 1)
+			break;
+	}
+	if (file != NULL)
+		fclose(file);
+	return tracer == getpid();
+}
+
+/* Makes the twins of a process and of all below it, parents first. */
+static void make_all(pid_t pid, bool first)
+{
+	char path[300];
+	struct dirent *entry;
+
+	/* What is not traced has ended. */
+	if (is_traced(pid))
+		make_twin(pid, first);
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	DIR *tasks = opendir(path);
+	while (tasks != NULL && (entry = readdir(tasks)) != NULL) {
+		int child;
+		snprintf(path, sizeof(path), "/proc/%d/task/%s/children", pid, entry->d_name);
+		FILE *children = entry->d_name[0] == '.' ? NULL : fopen(path, "re");
+		while (children != NULL && fscanf(children, "%d", &child) == 1)
+			make_all(child, false);
+		if (children != NULL)
+			fclose(children);
+	}
+	if (tasks != NULL)
+		closedir(tasks);
+}
+
+/* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does it. */
+static void finish_root(pid_t pid)
+{
+	struct layout layout;
+	struct order order = { .call = SYS_prctl, .arguments = { PR_SET_CHILD_SUBREAPER, 1, 0, 0 } };
+
+	if (!layout_read(&layout, pid))
+		return;
+	const char *problem = inject(pid, &layout.vdso, &order);
+	if (problem != NULL)
+		say("%d: %s", pid, problem);
+	layout_free(&layout);
+}
+
+/* CRIU calls this for each task of the frozen tree, the root first; all is done at the first call. */
+static int on_frozen(int pid)
+{
+	if (made)
+		return 0;
+	made = true;
+	record = openat(criu_get_image_dir(), "twins", O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
+	if (record < 0) {
+		say("twins: %s", strerror(errno));
+		return 0;
+	}
+	make_all(pid, true);
+	finish_root(pid);
+	close(record);
+	return 0;
+}
+
+static int on_init(int stage)
+{
+	/* What CRIU starts has no need of this. */
+	unsetenv("LD_PRELOAD");
+	made = stage != STAGE_DUMP;
+	return 0;
+}
+
+static void on_exit_(int stage, int error)
+{
+	(void) stage;
+	while (twins != NULL) {
+		struct twin *twin = twins;
+		twins = twin->next;
+		if (error != 0)
+			kill(twin->twin, SIGKILL);
+		layout_free(&twin->hidden);
+		free(twin);
+	}
+}
+
+struct plugin CR_PLUGIN_DESC = {
+	.name = "outlast-twin",
+	.init = on_init,
+	.exit = on_exit_,
+	.version = PLUGIN_VERSION,
+	.hook_count = HOOKS,
+	.hooks = { [HOOK_CHECKPOINT_DEVICES] = (void *) on_frozen },
+};
+
+static const struct twin *twin_of_pagemap(int fd)
+{
+	char path[64], link[64];
+	int pid;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	ssize_t length = readlink(path, link, sizeof(link) - 1);
+	if (length < 0)
+		return NULL;
+	link[length] = '\0';
+	if (sscanf(link, "/proc/%d/pagemap", &pid) != 1)
+		return NULL;
+	for (const struct twin *twin = twins; twin != NULL; twin = twin->next) {
+		if (twin->pid == pid)
+			return twin;
+	}
+	return NULL;
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	va_list values;
+	const struct twin *twin;
+
+	va_start(values, request);
+	void *argument = va_arg(values, void *);
+	va_end(values);
+	if (request == PAGEMAP_SCAN && twins != NULL && is_about_pages(argument) && (twin = twin_of_pagemap(fd)) != NULL)
+		return (int) scan_visible(fd, argument, &twin->hidden);
+	return (int) syscall(SYS_ioctl, fd, request, argument);
+}
