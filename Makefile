@@ -11,7 +11,7 @@ install: install-python install-native install-slurm
 
 install-python:
 	for package in $(PACKAGES); do \
-		find $$package -name '*.py' -o -name py.typed | while read -r file; do \
+		find $$package -name '*.py' -o -name py.typed -o -path '*/static/*' | while read -r file; do \
 			install -D -m 644 "$$file" "$(DESTDIR)$(PYTHONDIR)/$$file" || exit 1; \
 		done || exit 1; \
 	done

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
 from criu_backend._criu import Criu, CriuError, error_from_log
+from criu_backend._images import pycriu_version
 from criu_backend._memory import Memory, put_back
 from criu_backend._result import DumpResult
-from criu_backend._images import pycriu_version
+from criu_backend._selftest import SelfTest, best_mode, known_self_test, self_test
 
 __all__ = [
     "Capsule",
@@ -16,9 +17,13 @@ __all__ = [
     "CriuError",
     "DumpResult",
     "Memory",
+    "SelfTest",
+    "best_mode",
     "error_from_log",
+    "known_self_test",
     "put_back",
     "pycriu_version",
     "restore_capsule",
+    "self_test",
     "start_capsule",
 ]

@@ -136,5 +136,5 @@ def _stack_pages(images: Path, pid: int) -> list[Range]:
 
 
 def _number(value: int | str) -> int:
-    """pycriu writes some numbers as text, in hexadecimal or as names of flags."""
+    """Pycriu writes some numbers as text, in hexadecimal or as names of flags."""
     return value if isinstance(value, int) else int(value, 0)

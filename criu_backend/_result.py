@@ -70,7 +70,9 @@ def collect(
         memories: Sequence[Memory] = written
         twins: list[Twin] = []
         if mode != "plain":
-            twins, without = read_twins(capsule, images)
+            twins, without, frozen = read_twins(capsule, images)
+            if mode == "lazy":
+                pause = frozen
             closing.callback(Keeper(twins, must_end).close)
             (images / "twins").unlink()
             if without:

@@ -118,7 +118,7 @@ class Keeper:
         self._twins.clear()
 
 
-def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int]]:
+def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int], float]:
     """Return the twins that a dump into the directory *images* left in *capsule*, and the PIDs, as the images
     have them, of processes that have none.
 
@@ -128,8 +128,12 @@ def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int]]:
     here = {_inner_pid(pid): pid for pid in _children(capsule.init_pid)}
     found: list[Twin] = []
     without = []
+    pause = 0.0
     try:
         for line in (images / "twins").read_text().splitlines():
+            if " " not in line:
+                pause = int(line) / 1e6
+                continue
             pid, twin, beat, usecs = line.split()
             if twin == "0":
                 without.append(int(pid))
@@ -141,7 +145,7 @@ def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int]]:
         for one in found:
             one.end()
         raise
-    return found, without
+    return found, without, pause
 
 
 def end_twins(capsule: Capsule) -> int:

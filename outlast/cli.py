@@ -194,6 +194,26 @@ def _watcher(args: argparse.Namespace) -> None:
     watcher.run(_config(args))
 
 
+def _launcher(args: argparse.Namespace) -> None:
+    """Serve a web page for your jobs: submit, watch, and what they print."""
+    from outlast import launcher
+
+    try:
+        config = read_config(args.config)
+    except ConfigError:
+        config = Config()  # a user may not be allowed to read the file
+    options = launcher.Options(
+        host=args.host,
+        port=args.port,
+        socket=args.socket,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        origin=args.origin,
+        token_file=args.token_file,
+    )
+    launcher.serve(config, options, lambda line: print(line, flush=True))
+
+
 def _hook(args: argparse.Namespace) -> None:
     """Do what a scheduler's hook has to do (started by hooks/)."""
     from outlast import hooks
@@ -296,6 +316,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGUMENT...]")
     verb("doctor", _doctor).add_argument("--json", action="store_true", help="print one JSON value")
     verb("watcher", _watcher)
+    sub = verb("launcher", _launcher)
+    sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
+    sub.add_argument("--port", type=int, default=0, help="and at this port: any that is free")
+    sub.add_argument("--socket", type=Path, metavar="PATH", help="listen at a UNIX socket instead, for a proxy")
+    sub.add_argument("--origin", metavar="URL", help="the reverse proxy's own address: https://ood.example.org")
+    sub.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate")
+    sub.add_argument("--tls-key", type=Path, metavar="FILE", help="and this key")
+    sub.add_argument("--token-file", type=Path, metavar="FILE", help="take the token from here, print none")
     sub = verb("manager", _manager, shown=False)
     sub.add_argument("--job", required=True)
     sub.add_argument("--uid", type=int)

@@ -27,6 +27,11 @@ class StoreConfig:
     identity: Path = Path("/etc/outlast/store.key")
     known_hosts: Path = Path("/etc/outlast/known_hosts")
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
+    transport: str = "paramiko"  # or "openssh", or "auto": what speaks SSH; auto takes OpenSSH where it is
+
+    def __post_init__(self) -> None:
+        if self.transport not in ("auto", "openssh", "paramiko"):
+            raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
 
 
 @dataclasses.dataclass(frozen=True)

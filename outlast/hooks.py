@@ -32,25 +32,30 @@ def start_manager(job_id: str, options: Sequence[str]) -> Path:
 
     Until it answers there, the file `DIRECTORY.starting` tells the shim to wait for it.
     """
-    _RUNTIME.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _LOGS.mkdir(mode=0o755, parents=True, exist_ok=True)
     directory = _RUNTIME / job_id
-    directory.with_name(job_id + ".starting").touch()
     command = [sys.executable, "-P", "-m", "outlast.cli", *options]
     environment = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LC_ALL": "C.UTF-8",
     }
-    with (_LOGS / f"{job_id}.log").open("ab") as log:
-        subprocess.Popen(
-            ["/bin/sh", "-c", _SUPERVISE, "outlast-manager", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            env=environment,
-            start_new_session=True,
-        )
+    # Whatever this one's is: the shim, which is the job's owner's, must get at the manager's socket.
+    umask = os.umask(0o022)
+    try:
+        _RUNTIME.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _LOGS.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.with_name(job_id + ".starting").touch()
+        with (_LOGS / f"{job_id}.log").open("ab") as log:
+            subprocess.Popen(
+                ["/bin/sh", "-c", _SUPERVISE, "outlast-manager", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=environment,
+                start_new_session=True,
+            )
+    finally:
+        os.umask(umask)
     return directory
 
 

@@ -15,7 +15,7 @@ _TICK = 0.5
 
 
 class Actions:
-    """The words of `NAMES`; each does its work or begins it, and tells of it in the job's control messages."""
+    """The actions; each does its work or begins it, and tells of it in the job's control messages."""
 
     def __init__(self, board: Board, slurm: Slurm, watcher: Watcher) -> None:
         self._board = board
@@ -43,7 +43,9 @@ class Actions:
         """
         job = self._board.job(job_id)
         if job is None or name not in self._table:
-            raise UsageError(f"job {job_id}: no such job of yours" if job is None else f"{name}: no such action")
+            raise UsageError(
+                f"job {job_id}: no such job of yours" if job is None else f"{name}: no such action"
+            )
         said = await self._table[name](job)
         self._board.note(job_id, name, said)
         self._board.press()

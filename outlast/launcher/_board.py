@@ -33,7 +33,7 @@ class Watcher:
 
 
 class Board:
-    """What is known of the user's jobs; each change of a row has a number of its own, and pages ask since when."""
+    """What is known of the user's jobs; each change has a number, and pages ask for what came after one."""
 
     def __init__(self, slurm: Slurm, watcher: Watcher) -> None:
         self._slurm = slurm
@@ -62,7 +62,7 @@ class Board:
         return self._rows.get(job_id)
 
     def since(self, mark: str) -> dict[str, Any]:
-        """Return the rows that have changed since *mark*, which an earlier answer holds; all, if that is old."""
+        """Return the rows that have changed since *mark*, which an earlier answer holds; all, if it is old."""
         instance, _, number = mark.partition(".")
         known = int(number) if instance == self._instance and number.isascii() and number.isdigit() else -1
         return {

@@ -47,7 +47,9 @@ class Follower:
         self._suspicious = True
 
     def poll(self) -> list[Message]:
-        """Look once; takes no longer than reading a few MiB. The messages, by `op`:
+        """Look once, which takes no longer than reading a few MiB, and return what has happened.
+
+        The messages, by `op`:
 
         - `begin`: the file is there; *skipped* bytes at its start are not told.
         - `lines`: *lines* of [offset of the first byte, text, whether it is complete, characters left out];
@@ -108,7 +110,10 @@ class Follower:
         """Find out whether what has been told still stands in the file; if not, from where on it does not."""
         start = self._position - len(self._window)
         tail = len(self._window) if thorough else min(_TAIL, len(self._window))
-        if size >= self._position and _read(fd, self._position - tail, tail) == self._window[-tail or WINDOW :]:
+        if (
+            size >= self._position
+            and _read(fd, self._position - tail, tail) == self._window[-tail or WINDOW :]
+        ):
             return []
         agreed = _common(self._window, _read(fd, start, max(0, min(len(self._window), size - start))))
         at = start + agreed

@@ -26,7 +26,7 @@ _SHORTEST_TOKEN = 32  # characters
 
 @dataclass(frozen=True)
 class Options:
-    """The launcher's command line. *port* 0 is any that is free; *origin* is a reverse proxy's own address."""
+    """The launcher's command line. *port* 0 is any that is free; *origin* a reverse proxy's own address."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -47,7 +47,8 @@ def serve(config: Config, options: Options, say: Callable[[str], None]) -> None:
     """
     if os.geteuid() == 0:
         raise UsageError(
-            "launcher: it acts for one user, and must not be root", hint="start it as the user whose jobs these are"
+            "launcher: it acts for one user, and must not be root",
+            hint="start it as the user whose jobs these are",
         )
     tls = _tls(options)
     _refuse_open_air(options, tls)
@@ -55,7 +56,8 @@ def serve(config: Config, options: Options, say: Callable[[str], None]) -> None:
         import aiohttp.web  # noqa: F401 - whether it is there
     except ModuleNotFoundError:
         raise ConfigError(
-            "launcher: aiohttp is not installed", hint="install python3-aiohttp (apt, dnf) or outlast[launcher] (pip)"
+            "launcher: aiohttp is not installed",
+            hint="install python3-aiohttp (apt, dnf) or outlast[launcher] (pip)",
         ) from None
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(config, options, tls, _token(options), say))
@@ -113,9 +115,13 @@ def _announce(
     host, port = listener.getsockname()[:2]
     if not options.origin:
         say(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{shown}")
-    say(f"outlast: whoever has this address can do with {user}'s jobs and files what {user} can; Ctrl-C ends it")
+    say(
+        f"outlast: whoever has this address can do with jobs and files what {user} can; Ctrl-C ends it"
+    )
     if ipaddress.ip_address(host).is_loopback:
-        say(f"outlast: from another machine, first: ssh -L {port}:{host}:{port} {user}@{socket.gethostname()}")
+        say(
+            f"outlast: from another machine, first: ssh -L {port}:{host}:{port} {user}@{socket.gethostname()}"
+        )
 
 
 def _names(listener: socket.socket, scheme: str, options: Options) -> tuple[set[str], set[str]]:
@@ -133,7 +139,8 @@ def _names(listener: socket.socket, scheme: str, options: Options) -> tuple[set[
         parts = urlsplit(options.origin)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
             raise UsageError(
-                f"{options.origin}: not an origin", hint="write scheme and host only, as in https://ood.example.org"
+                f"{options.origin}: not an origin",
+                hint="write scheme and host only, as in https://ood.example.org",
             )
         origins.add(f"{parts.scheme}://{parts.netloc}".lower())
         names.add(parts.netloc.lower())

@@ -158,7 +158,8 @@ class Slurm:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if name in kept or not name.startswith(("SLURM", "SBATCH", "SQUEUE", "SINFO", "SCANCEL", "SCONTROL"))
+            if name in kept
+            or not name.startswith(("SLURM", "SBATCH", "SQUEUE", "SINFO", "SCANCEL", "SCONTROL"))
         }
 
     async def jobs(self) -> list[Job]:

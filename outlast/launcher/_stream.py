@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from outlast.errors import OutlastError
@@ -39,7 +39,7 @@ class Stream:
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(_WAITING)
         self._restarts: int | None = None
 
-    async def messages(self) -> AsyncIterator[bytes]:
+    async def messages(self) -> AsyncGenerator[bytes, None]:
         """Yield messages, and a comment now and then by which a broken connection is noticed."""
         self._board.enter()
         work = [self._jobs()]
@@ -86,7 +86,9 @@ class Stream:
             if row.get("watched"):
                 try:
                     answer = list((await self._watcher.ask(op="events", job=job_id))["events"])
-                    newest = max((one["time"] for one in answer if one["event"] == "checkpoint"), default=None)
+                    newest = max(
+                        (one["time"] for one in answer if one["event"] == "checkpoint"), default=None
+                    )
                     if newest != listed:
                         stored = await self._watcher.ask(op="list", job=job_id)
                         listed = newest

@@ -118,13 +118,15 @@ class Site:
         origin = request.headers.get("Origin")
         if origin is not None and origin.lower() not in self.origins:
             return _no(403, "requests of other sites are not answered")
-        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
-            # A link from elsewhere may open the page, and nothing else.
-            if request.path != "/" or request.headers.get("Sec-Fetch-Mode") != "navigate":
-                return _no(403, "requests of other sites are not answered")
+        # A link from elsewhere may open the page, and nothing else.
+        opens = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+        if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not opens:
+            return _no(403, "requests of other sites are not answered")
         if request.path.startswith("/api/"):
             if not self._shows_token(request):
-                return _no(401, "the token is missing or wrong", "open the address that 'outlast launcher' printed")
+                return _no(
+                    401, "the token is missing or wrong", "open the address that 'outlast launcher' printed"
+                )
             if request.method == "POST" and request.content_type != "application/json":
                 return _no(415, "only JSON is taken")
         try:

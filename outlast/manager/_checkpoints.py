@@ -14,10 +14,11 @@ from typing import Any
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult, put_back
 from outlast.config import Config
-from outlast.errors import OutlastError, StoreUnavailable
+from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import open_for_writing
 from outlast.manager._launch import Launcher, Run, keep_log
+from outlast.manager._modes import Modes
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Store, open_store
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 30.0
+_ENDING_SECONDS = 0.5
 # How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
 _TAKE_SECONDS = 3600.0
 _LONGEST_WAIT_SECONDS = 86400.0
@@ -53,6 +55,7 @@ class Checkpointer:
         self._criu = criu
         self._launcher = launcher
         self._events = events
+        self._modes = Modes(config.checkpoint.mode, criu, events)
         self._wake = threading.Condition()
         self._asked = 0
         self._done = 0
@@ -67,6 +70,7 @@ class Checkpointer:
 
     def start(self) -> None:
         """Begin; the first checkpoint is due one interval from now."""
+        self._modes.prepare()
         self._thread.start()
 
     def ask(self) -> None:
@@ -150,22 +154,28 @@ class Checkpointer:
         id_ = CheckpointId(self._run.epoch, self._run.seq)
         name = id_.name(self._run.job.job_id)
         images = self._run.directory / "spool" / f"{id_.epoch}.{id_.seq}"
+        mode, reason = self._modes.choose()
         try:
             images.mkdir(mode=0o700, parents=True)
-            with self._dump(images, lock, files := []) as result:
+            files: list[dict[str, Any]] = []
+            with self._dump(images, lock, files, mode) as result:
                 meta = self._meta(result, files)
                 begin = time.monotonic()
                 checkpoint = self._ship(store, id_, images, result, meta, overtaken)
         except (OutlastError, CriuError, CapsuleError, OSError) as error:
-            # A job that ends while it is dumped is no failure of the dump.
-            if self._run.capsule is not None and self._run.capsule.alive:
+            # A job that ends while it is dumped is no failure of the dump; what ended it may have broken the
+            # dump off first.
+            if self._run.capsule is not None and not self._run.capsule.wait(_ENDING_SECONDS):
                 self.last_error = str(error)
+                if not isinstance(error, StoreUnavailable | StoreRefused):
+                    self._modes.failed(mode)
                 hint = getattr(error, "hint", None)
                 self._events.add("checkpoint-failed", f"{name}: {error}", checkpoint=name, hint=hint)
                 self._complain(error, hint)
         else:
             self.newest = checkpoint
             self.last_error = None
+            self._modes.succeeded(result, reason)
             self._events.add(
                 "checkpoint",
                 f"{name}: paused {meta['pause_ms']:.1f} ms ({result.mode}), {checkpoint.image_bytes} bytes, "
@@ -187,8 +197,8 @@ class Checkpointer:
             self._told = True
             self._say(f"no checkpoint: {error}; the job runs on{'; ' + hint if hint else ''}")
 
-    def _dump(self, images: Path, lock: int, files: list[dict[str, Any]]) -> DumpResult:
-        """Dump the job, and add to *files* what a restore has to set back."""
+    def _dump(self, images: Path, lock: int, files: list[dict[str, Any]], mode: str) -> DumpResult:
+        """Dump the job in *mode*, and add to *files* what a restore has to set back."""
         run = self._run
         capsule = run.capsule
         assert capsule is not None  # noqa: S101 - there is no checkpointer without a job
@@ -201,7 +211,7 @@ class Checkpointer:
                 tcp=self._config.checkpoint.tcp,
                 external=[entry["external"] for entry in run.passed if "external" in entry],
                 lock_fd=lock,
-                mode=self._config.checkpoint.mode,
+                mode=mode,
             )
         finally:
             keep_log(images / "dump.log", run)

@@ -238,7 +238,7 @@ JOBS = ("17", "18")
 EPOCHS = st.integers(0, 1)
 SOME_NODES = st.sampled_from([(), ("n1",), ("n2",), NODES])
 RARELY = st.integers(0, 4).map(lambda number: number == 0)
-STATES = st.sampled_from([*JobState, JobState.PENDING, JobState.PENDING])
+STATES = st.sampled_from([*JobState, JobState.PENDING, JobState.RUNNING, JobState.RUNNING])
 EVENTS = [
     "node-excluded",
     "node-excluded",
@@ -306,6 +306,7 @@ def test_the_snapshots_below_lead_to_every_action(kind: type) -> None:
     )
 
 
+@settings(max_examples=300)
 @given(snapshots())
 def test_a_node_that_answers_or_was_not_asked_is_never_marked_down(seen: Snapshot) -> None:
     for decision in decide(seen, CONFIG):

@@ -7,7 +7,8 @@
  * 1. When the tree is frozen the plugin has every process make a copy-on-write twin (inject.c), and writes
  *    them down in the image directory's file "twins": lines "PID TWIN BEAT USECS", where TWIN is 0 for a process
  *    that has none, BEAT the hexadecimal address of the counter by which the twin is kept alive, and USECS how
- *    long the copying took. All PIDs are those of CRIU's own PID namespace.
+ *    long the copying took. All PIDs are those of CRIU's own PID namespace. A line of one number, the last,
+ *    says for how many microseconds the tree has stood still.
  * 2. CRIU asks the kernel which pages there are by ioctl(PAGEMAP_SCAN), which is answered here: private memory
  *    that the twin holds looks empty. So CRIU writes everything but that, and lets the job run on.
  *
@@ -31,11 +32,13 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 static struct twin *twins;
 static bool made;
 static int record = -1;
+static struct timespec frozen;
 
 void say(const char *format, ...)
 {
@@ -238,6 +241,7 @@ static int on_frozen(int pid)
 	if (made)
 		return 0;
 	made = true;
+	clock_gettime(CLOCK_MONOTONIC, &frozen);
 	record = openat(criu_get_image_dir(), "twins", O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
 	if (record < 0) {
 		say("twins: %s", strerror(errno));
@@ -245,7 +249,6 @@ static int on_frozen(int pid)
 	}
 	make_all(pid, true);
 	finish_root(pid);
-	close(record);
 	return 0;
 }
 
@@ -259,7 +262,15 @@ static int on_init(int stage)
 
 static void on_exit_(int stage, int error)
 {
+	struct timespec now;
+
 	(void) stage;
+	if (record >= 0) {
+		/* CRIU's own figure is wrong when it has served lazy pages. */
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		dprintf(record, "%ld\n", (now.tv_sec - frozen.tv_sec) * 1000000 + (now.tv_nsec - frozen.tv_nsec) / 1000);
+		close(record);
+	}
 	while (twins != NULL) {
 		struct twin *twin = twins;
 		twins = twin->next;
