@@ -110,7 +110,8 @@ def start_capsule(
 ) -> Capsule:
     """Run *argv* as the user, in the cgroups and within the limits of *context*, in a capsule of its own.
 
-    When the job has ended, the file `exit` in *state* holds its wait status.
+    When the job has ended, the file `exit` in *state* holds its wait status; if it was sent SIGTERM or
+    SIGINT before, there is a file `asked-to-end`.
 
     Raises:
         CapsuleError: the capsule could not be made; nothing of the job has run. A command that cannot be
@@ -152,7 +153,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
 def _make(
     action: str, context: Context, program: Sequence[str], state: Path, options: Sequence[str], helper: Path
 ) -> Capsule:
-    (state / "exit").unlink(missing_ok=True)
+    for name in ("exit", "asked-to-end"):
+        (state / name).unlink(missing_ok=True)
     program_fd = os.memfd_create("program")
     state_fd = os.open(state, os.O_DIRECTORY | os.O_CLOEXEC)
     report, theirs = socket.socketpair()

@@ -23,6 +23,7 @@ from criu_backend._capsule import (
 )
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
 from criu_backend._twins import end_twins
 
@@ -150,7 +151,8 @@ class Criu:
             images: an empty directory, which the capsule sees at the same path. The memory is not in it but
                 beside it, until the result is closed.
             on_frozen: called when the job stands still and nothing more of it can change; an exception out
-                of it makes the dump fail, the job runs on, and the exception is raised again here.
+                of it makes the dump fail, the job runs on, and the exception is raised again here. If it is
+                called twice, the last call is the one that counts.
             tcp: "established" keeps TCP connections (those within the job), "close" drops them.
             external: values for CRIU's --external.
             lock_fd: a descriptor that CRIU keeps open, so that a lock on it outlives this process.
@@ -167,17 +169,20 @@ class Criu:
         reason = None
         if mode != "plain" and (reason := _why_no_twins(self._twin_library) or headroom.shortage()):
             mode = "plain"
+        predict = True
         try:
-            self._write_images(capsule, images, on_frozen, mode, tcp=tcp, external=external, lock_fd=lock_fd)
-            return collect(
-                images,
-                capsule,
-                mode,
-                pause=statistics(images)["frozen_time"] / 1e6,
-                criu_version=self.version(),
-                must_end=headroom.is_short,
-                reason=reason,
-            )
+            while True:
+                self._write_images(
+                    capsule, images, on_frozen, mode, predict, tcp=tcp, external=external, lock_fd=lock_fd
+                )
+                try:
+                    return self._collect(capsule, images, mode, headroom, reason)
+                except Mispredicted as error:
+                    reason = str(error)
+                    predict = False
+                    end_twins(capsule)
+                    for file in images.iterdir():
+                        file.unlink()
         except BaseException as error:
             end_twins(capsule)
             if isinstance(error, ImageError):
@@ -186,12 +191,26 @@ class Criu:
                 raise CriuError(f"dump: {error}", log=log, hint="is there memory enough?") from None
             raise
 
+    def _collect(
+        self, capsule: Capsule, images: Path, mode: str, headroom: Headroom, reason: str | None
+    ) -> DumpResult:
+        return collect(
+            images,
+            capsule,
+            mode,
+            pause=statistics(images)["frozen_time"] / 1e6,
+            criu_version=self.version(),
+            must_end=headroom.is_short,
+            reason=reason,
+        )
+
     def _write_images(
         self,
         capsule: Capsule,
         images: Path,
         on_frozen: Callable[[], None],
         mode: str,
+        predict: bool,
         *,
         tcp: str,
         external: Sequence[str],
@@ -202,16 +221,19 @@ class Criu:
         command = [self._program, "dump", "--tree", str(capsule.job_pid), "--images-dir", os.fspath(images)]
         command += ["--log-file", log.name, "-v2", "--leave-running", *_common_options(tcp)]
         command += ["--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
-        command += ["--action-script", os.fspath(self._helper)]
         command += [word for value in external for word in ("--external", value)]
         environment = {"OUTLAST_NOTIFY": os.fspath(path)}
         passed = [] if lock_fd is None else [lock_fd]
         failure: list[BaseException] = []
         with contextlib.ExitStack() as closing:
-            if mode != "plain":
+            if mode == "plain":
+                command += ["--action-script", os.fspath(self._helper)]
+            else:
                 command += ["--libdir", os.fspath(self._twin_library.parent)]
             if mode == "forked":
                 environment["LD_PRELOAD"] = os.fspath(self._twin_library)
+                if predict:
+                    environment["OUTLAST_TWIN_ROOT"] = str(capsule.job_pid)
             if mode == "lazy":
                 # CRIU serves lazy pages until its peer hangs up, which this one has done already.
                 mine, theirs = map(closing.enter_context, socket.socketpair())

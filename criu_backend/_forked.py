@@ -8,6 +8,7 @@ from pathlib import Path
 from criu_backend._images import ImageError, entries
 from criu_backend._memory import FileMemory, Memory, Run, RunIndex, space_of
 from criu_backend._pagemap import LAZY, PAGE, PRESENT, Entry, read_pagemap, write_pagemap
+from criu_backend._predicted import verify
 from criu_backend._twins import Twin
 
 # Source: linux/mman.h, and criu/include/image.h, VMA_AREA_*.
@@ -48,12 +49,15 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
         twins: those of the processes in *images*; a process may have none.
 
     Raises:
+        Mispredicted: CRIU was told something of a process that was not so.
         ImageError: the images are not what they should be, or a page is neither in them nor in a twin.
         OSError: a twin has ended.
     """
     by_name = {memory.name: memory for memory in written}
     made: dict[str, Memory] = {}
+    threads = {process["pid"]: process["threads"] for process in entries(images / "pstree.img")}
     for twin in twins:
+        verify(images, twin)
         image = images / f"pagemap-{twin.pid}.img"
         old = read_pagemap(image)
         name = f"pages-{old.pages_id}.img"
@@ -62,7 +66,7 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
         held = list(_without(twin.pages(), [(e.vaddr, e.vaddr + e.pages * PAGE) for e in present]))
         if any(True for _ in _without(iter(missing), held)):
             raise ImageError(f"{image.name}: pages are missing that the twin does not hold")
-        lazy, stacks = _lazy_ranges(images, twin.pid), _stack_pages(images, twin.pid)
+        lazy, stacks = _lazy_ranges(images, twin.pid), _stack_pages(images, threads[twin.pid])
         found = sorted([*present, *_entries(held, lazy, stacks)], key=lambda entry: entry.vaddr)
         write_pagemap(image, old, found)
         space = space_of(image)
@@ -123,15 +127,13 @@ def _lazy_ranges(images: Path, pid: int) -> list[Range]:
     return found
 
 
-def _stack_pages(images: Path, pid: int) -> list[Range]:
-    """Return the pages that the stack pointers of the process's threads are in, in order."""
+def _stack_pages(images: Path, threads: Sequence[int]) -> list[Range]:
+    """Return the pages that the stack pointers of *threads* are in, in order."""
     found = set()
-    for process in entries(images / "pstree.img"):
-        if process["pid"] == pid:
-            for thread in process["threads"]:
-                core = entries(images / f"core-{thread}.img")[0]
-                page = _number(core["thread_info"]["gpregs"]["sp"]) & -PAGE
-                found.add((page, page + PAGE))
+    for thread in threads:
+        core = entries(images / f"core-{thread}.img")[0]
+        page = _number(core["thread_info"]["gpregs"]["sp"]) & -PAGE
+        found.add((page, page + PAGE))
     return sorted(found)
 
 

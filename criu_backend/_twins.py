@@ -31,6 +31,7 @@ _WALK_END_AT = 32
 _REGIONS = 4096
 _IS_FILE, _IS_PRESENT, _IS_SWAPPED, _IS_PFNZERO = 4, 8, 16, 32
 _IS_GUARD = 256
+_TASK_SIZE = 0x7FFFFFFFF000  # x86-64 with page tables of four levels: what CRIU looks at
 
 
 class Twin:
@@ -62,6 +63,14 @@ class Twin:
         try:
             for start, end in private_mappings(self.here):
                 yield from _scan(pagemap, start, end)
+        finally:
+            os.close(pagemap)
+
+    def has_guards(self) -> bool:
+        """Return whether some of its memory is guarded (MADV_GUARD_INSTALL)."""
+        pagemap = os.open(f"/proc/{self.here}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return any(True for _ in _scan(pagemap, 0, _TASK_SIZE, guards=True))
         finally:
             os.close(pagemap)
 
@@ -174,27 +183,31 @@ def private_mappings(pid: int) -> list[tuple[int, int]]:
     return found
 
 
-def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _scan(pagemap: int, start: int, end: int, *, guards: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the pages between *start* and *end*, or of the guard regions."""
     regions = (ctypes.c_uint64 * (3 * _REGIONS))()
     inverted = _IS_PFNZERO | _IS_FILE
-    wanted = _IS_PRESENT | _IS_SWAPPED
-    told = wanted | _IS_GUARD
+    present = _IS_PRESENT | _IS_SWAPPED
+    question = (0, _IS_GUARD, 0, _IS_GUARD) if guards else (inverted, inverted, present, present | _IS_GUARD)
     at = start
     while at < end:
         argument = bytearray(
             _SCAN.pack(
                 *(_SCAN.size, 0, at, end, 0, ctypes.addressof(regions), _REGIONS, 0),
-                *(inverted, inverted, wanted, told),
+                *question,
             )
         )
         try:
             count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
         except OSError as error:
-            if error.errno != errno.EINVAL or not told & _IS_GUARD:
+            if error.errno != errno.EINVAL or not question[3] & _IS_GUARD:
                 raise
-            told = wanted  # Linux before 6.15 tells guard regions from pages by nothing, and CRIU neither
+            # Linux before 6.15 knows of no guard regions, or tells nobody, and so not CRIU either.
+            if guards:
+                return
+            question = (*question[:3], present)
             continue
         for i in range(count):
-            if not regions[3 * i + 2] & _IS_GUARD:
+            if guards or not regions[3 * i + 2] & _IS_GUARD:
                 yield regions[3 * i], regions[3 * i + 1]
         (at,) = _WALK_END.unpack_from(argument, _WALK_END_AT)

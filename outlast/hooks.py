@@ -23,8 +23,9 @@ _READY_SECONDS = 10.0
 _ACTION_SECONDS = 3600.0
 _TELL_SECONDS = 2.0
 
-# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up.
-_SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || exit 1; sleep 1; done'
+# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up, and then
+# nobody is to wait for it: the shell's own name is the file that says so.
+_SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || { rm -f "$0"; exit 1; }; sleep 1; done'
 
 
 def start_manager(job_id: str, options: Sequence[str]) -> Path:

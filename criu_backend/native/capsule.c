@@ -310,6 +310,16 @@ static void reap(const struct options *options, pid_t job)
 	}
 }
 
+/* Leave word that the job was asked to end: one that then ends well has not done its work. */
+static void note_request(const struct options *options, int number)
+{
+	if (number != SIGTERM && number != SIGINT)
+		return;
+	int fd = openat(options->state, "asked-to-end", O_WRONLY | O_CLOEXEC | O_CREAT, 0600);
+	if (fd >= 0)
+		close(fd);
+}
+
 static void serve_job(const struct options *options, pid_t job, int signals)
 {
 	struct pollfd polled[] = { { options->status, POLLIN, 0 }, { signals, POLLIN, 0 } };
@@ -325,9 +335,10 @@ static void serve_job(const struct options *options, pid_t job, int signals)
 		if (polled[0].revents == 0)
 			continue;
 		ssize_t length = recv(options->status, &number, sizeof(number), MSG_DONTWAIT);
-		if (length == (ssize_t) sizeof(number))
+		if (length == (ssize_t) sizeof(number)) {
+			note_request(options, number);
 			kill(job, number);
-		else if (length == 0 || (length < 0 && errno != EAGAIN && errno != EINTR))
+		} else if (length == 0 || (length < 0 && errno != EAGAIN && errno != EINTR))
 			/* The peer is gone: the scheduler has killed the job. */
 			_exit(EXIT_FAILURE);
 	}

@@ -167,13 +167,13 @@ class Follower:
         *whole, rest = data.split(b"\n")
         for piece in whole:
             self._extend(piece)
-            found.append([self._line_at, *self._shown(), True])
+            found.append(self._told(complete=True))
             self._begin_line(self._line_at + self._line_length + 1)
         self._extend(rest)
         return found + self._unfinished()
 
     def _unfinished(self) -> list[list[Any]]:
-        return [[self._line_at, *self._shown(), False]] if self._line_length else []
+        return [self._told(complete=False)] if self._line_length else []
 
     def _extend(self, piece: bytes) -> None:
         if not piece:
@@ -189,10 +189,9 @@ class Follower:
         self._head += last[:room]
         self._left_out += max(0, len(last) - room)
 
-    def _shown(self) -> tuple[str, int]:
-        """Return the text of the line so far, and how much of it is left out, since it is so long."""
+    def _told(self, *, complete: bool) -> list[Any]:
         text = _ESCAPES.sub("", self._head.decode("utf-8", "replace")).translate(_PICTURES)
-        return text[:LINE], self._left_out + max(0, len(text) - LINE)
+        return [self._line_at, text[:LINE], complete, self._left_out + max(0, len(text) - LINE)]
 
 
 def _common(one: bytes | bytearray, other: bytes) -> int:

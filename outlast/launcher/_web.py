@@ -189,7 +189,12 @@ class Site:
     # --- what can be asked for ---------------------------------------------------------------------------
 
     async def _preview(self, request: web.Request) -> web.Response:
-        return web.json_response({"script": parse_spec(await _form(request)).script()})
+        form = await _form(request)
+        try:
+            return web.json_response({"script": parse_spec(form).script(), "fields": {}})
+        except SpecError as error:
+            # Somebody is still typing: no fault of anybody's.
+            return web.json_response({"script": None, "fields": error.fields})
 
     async def _submit(self, request: web.Request) -> web.Response:
         script = parse_spec(await _form(request)).script()

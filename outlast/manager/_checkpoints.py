@@ -207,7 +207,7 @@ class Checkpointer:
             return self._criu.dump(
                 capsule,
                 images,
-                lambda: files.extend(self._look(capsule, images)),
+                lambda: files.__setitem__(slice(None), self._look(capsule, images)),
                 tcp=self._config.checkpoint.tcp,
                 external=[entry["external"] for entry in run.passed if "external" in entry],
                 lock_fd=lock,

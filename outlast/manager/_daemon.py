@@ -249,37 +249,37 @@ class Manager:
             status = os.waitstatus_to_exitcode(int((run.directory / "exit").read_text()))
         except FileNotFoundError:
             status = None
-        self._end(status)
+        self._end(status, asked=(run.directory / "asked-to-end").exists())
 
-    def _end(self, status: int | None) -> None:
+    def _end(self, status: int | None, *, asked: bool = False) -> None:
         """The job has ended: with code *status*, by signal -*status*, or (None) killed with its capsule."""
         checkpointer = self._checkpointer
         if status is None:
             self._events.add("killed", "the job was ended with its capsule")
         else:
             how = f"by signal {-status}" if status < 0 else f"with exit code {status}"
-            self._events.add("ended", f"the job ended {how}", status=status)
+            why = ", having been asked to" if asked else ""
+            self._events.add("ended", f"the job ended {how}{why}", status=status, asked=asked)
         if checkpointer is not None:
             checkpointer.finish()
             # The work is done, and its last checkpoint of no more use; a restart may follow another end.
-            if status != 0:
+            if status != 0 or asked:
                 checkpointer.join(_LAST_UPLOAD_SECONDS)
         self._leased.clear()
-        self._store_end(status)
+        self._store_end(status, asked=asked)
         if not self._standalone:
             self._job_over.wait(_GRACE_SECONDS)
         self._finished.set()
 
-    def _store_end(self, status: int | None) -> None:
+    def _store_end(self, status: int | None, *, asked: bool) -> None:
         run = self._run
         try:
             with open_store(self._config.store) as store:
                 if run is not None:
                     if status is not None:
                         self._launcher.settle(self._job, store)
-                        store.put_record(
-                            self._job, "ended", {"status": status, "epoch": run.epoch, "time": time.time()}
-                        )
+                        end = {"status": status, "asked": asked, "epoch": run.epoch, "time": time.time()}
+                        store.put_record(self._job, "ended", end)
                     if status == 0:
                         store.forget(self._job, 1)
                     store.drop_lease(self._lease(run))

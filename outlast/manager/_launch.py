@@ -193,8 +193,12 @@ class Launcher:
     def _go_on(self, run: Run, shim: Shim, store: Store) -> Capsule:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
         ended = store.get_record(run.job, "ended")
-        if ended is not None and ended.get("status") == 0:
-            # It had done its work; whoever runs it again wants all of it again.
+        # One that ended well because it was asked to (requeued, preempted) has not done its work yet.
+        if ended is not None and ended.get("status") == 0 and not ended.get("asked"):
+            # It had done its work; whoever runs it again wants all of it again. Its output too: the node may
+            # have died before the scheduler heard of the end.
+            if (start := store.get_record(run.job, "start")) is not None:
+                self._set_back_to(start, run, shim)
             return self._begin(run, shim)
         checkpoints = store.checkpoints(run.job)
         for checkpoint in checkpoints:
@@ -215,14 +219,18 @@ class Launcher:
         if start is None:
             # The store answers and has never heard of the job: it did not get as far as its first line.
             return self._begin(run, shim)
+        self._set_back_to(start, run, shim)
+        capsule = self._start(run, shim)
+        self._events.add("begun-again", "there was no checkpoint yet; the job began again from its start")
+        return capsule
+
+    def _set_back_to(self, start: Mapping[str, Any], run: Run, shim: Shim) -> None:
+        """Have the job's output be what it was when the job started for the first time."""
         files = start["files"]
         if run.mom is not None:
             run.mom.set_back(files, shim.stdio)
             files = [entry for entry in files if not run.mom.kept_here(entry["path"])]
         shim.set_back(files, run.epoch - 1)
-        capsule = self._start(run, shim)
-        self._events.add("begun-again", "there was no checkpoint yet; the job began again from its start")
-        return capsule
 
     def _bring_back(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint) -> Capsule:
         name = checkpoint.id.name(run.job.job_id)

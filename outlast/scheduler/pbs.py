@@ -297,11 +297,11 @@ def _node(name: str, row: Mapping[str, Any]) -> SchedulerNode:
     words = frozenset(str(row.get("state", "")).split(",")) - {""}
     if not words:
         raise OutlastError(f"pbsnodes: node {name} has no state")
-    reachable = not words & _UNREACHABLE
     return SchedulerNode(
         name=name,
-        up=reachable,
-        responding=reachable,
+        # PBS leaves jobs on a node that is down for all of node_fail_requeue: not up is what mark_down has seen to.
+        up=not ("offline" in words and str(row.get("comment", "")).startswith(_MARK)),
+        responding=not words & _UNREACHABLE,
         address=str(row.get("Mom") or name),
         port=int(row.get("Port", 15002)),
     )

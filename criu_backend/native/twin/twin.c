@@ -12,10 +12,17 @@
  * 2. CRIU asks the kernel which pages there are by ioctl(PAGEMAP_SCAN), which is answered here: private memory
  *    that the twin holds looks empty. So CRIU writes everything but that, and lets the job run on.
  *
+ * 3. What else CRIU asks that needs a walk through all page tables is answered from what was seen before the
+ *    freezing of the tree whose root is $OUTLAST_TWIN_ROOT (predict.c).
+ * 4. When the twins are made, the process that listens on the unix socket $OUTLAST_NOTIFY is told, as the action script
+ *    tells it of a plain dump. It does its part while CRIU does the rest, and answers with a byte,
+ *    without which the tree is not let go.
+ *
  * The pages are read from the twins afterwards. Where a process could be given no twin nothing of it is
  * hidden, and CRIU dumps it as it always does. */
 #define _GNU_SOURCE
 #include "plugin.h"
+#include "predict.h"
 #include "twin.h"
 
 #include <dirent.h>
@@ -30,7 +37,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -38,6 +47,7 @@
 static struct twin *twins;
 static bool made;
 static int record = -1;
+static int listener = -1;
 static struct timespec frozen;
 
 void say(const char *format, ...)
@@ -197,15 +207,13 @@ static bool is_traced(pid_t pid)
 	return tracer == getpid();
 }
 
-/* Makes the twins of a process and of all below it, parents first. */
-static void make_all(pid_t pid, bool first)
+/* Calls *act* with a process and with all below it, parents first. */
+static void for_tree(pid_t pid, void (*act)(pid_t pid))
 {
 	char path[300];
 	struct dirent *entry;
 
-	/* What is not traced has ended. */
-	if (is_traced(pid))
-		make_twin(pid, first);
+	act(pid);
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
 	DIR *tasks = opendir(path);
 	while (tasks != NULL && (entry = readdir(tasks)) != NULL) {
@@ -213,12 +221,21 @@ static void make_all(pid_t pid, bool first)
 		snprintf(path, sizeof(path), "/proc/%d/task/%s/children", pid, entry->d_name);
 		FILE *children = entry->d_name[0] == '.' ? NULL : fopen(path, "re");
 		while (children != NULL && fscanf(children, "%d", &child) == 1)
-			make_all(child, false);
+			for_tree(child, act);
 		if (children != NULL)
 			fclose(children);
 	}
 	if (tasks != NULL)
 		closedir(tasks);
+}
+
+static pid_t root;
+
+static void make_twin_of(pid_t pid)
+{
+	/* What is not traced has ended. */
+	if (is_traced(pid))
+		make_twin(pid, pid == root);
 }
 
 /* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does it. */
@@ -235,6 +252,20 @@ static void finish_root(pid_t pid)
 	layout_free(&layout);
 }
 
+static int tell_listener(void)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	const char *path = getenv("OUTLAST_NOTIFY");
+
+	if (path == NULL)
+		return 0;
+	if (strlen(path) >= sizeof(address.sun_path))
+		return -1;
+	strcpy(address.sun_path, path);
+	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	return listener < 0 ? -1 : connect(listener, (struct sockaddr *) &address, sizeof(address));
+}
+
 /* CRIU calls this for each task of the frozen tree, the root first; all is done at the first call. */
 static int on_frozen(int pid)
 {
@@ -245,10 +276,15 @@ static int on_frozen(int pid)
 	record = openat(criu_get_image_dir(), "twins", O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
 	if (record < 0) {
 		say("twins: %s", strerror(errno));
-		return 0;
+		return -1;
 	}
-	make_all(pid, true);
+	root = pid;
+	for_tree(pid, make_twin_of);
 	finish_root(pid);
+	if (tell_listener() < 0) {
+		say("whoever waits for the tree to be frozen cannot be told: %s", strerror(errno));
+		return -1;
+	}
 	return 0;
 }
 
@@ -257,6 +293,9 @@ static int on_init(int stage)
 	/* What CRIU starts has no need of this. */
 	unsetenv("LD_PRELOAD");
 	made = stage != STAGE_DUMP;
+	const char *expected = getenv("OUTLAST_TWIN_ROOT");
+	if (!made && expected != NULL)
+		for_tree(atoi(expected), predict);
 	return 0;
 }
 
@@ -264,7 +303,16 @@ static void on_exit_(int stage, int error)
 {
 	struct timespec now;
 
+	char answer;
+
 	(void) stage;
+	if (listener >= 0) {
+		/* Its end, without an answer, is one: nobody needs the tree to stand still any more. */
+		while (error == 0 && read(listener, &answer, 1) < 0 && errno == EINTR)
+			;
+		close(listener);
+	}
+	forget_predictions();
 	if (record >= 0) {
 		/* CRIU's own figure is wrong when it has served lazy pages. */
 		clock_gettime(CLOCK_MONOTONIC, &now);
@@ -290,9 +338,10 @@ struct plugin CR_PLUGIN_DESC = {
 	.hooks = { [HOOK_CHECKPOINT_DEVICES] = (void *) on_frozen },
 };
 
-static const struct twin *twin_of_pagemap(int fd)
+/* The twin of the process that an open file, or directory, of /proc is of: /proc/PID and *rest*. */
+static const struct twin *twin_of_file(int fd, const char *rest)
 {
-	char path[64], link[64];
+	char path[64], link[64], expected[64];
 	int pid;
 
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
@@ -300,7 +349,10 @@ static const struct twin *twin_of_pagemap(int fd)
 	if (length < 0)
 		return NULL;
 	link[length] = '\0';
-	if (sscanf(link, "/proc/%d/pagemap", &pid) != 1)
+	if (sscanf(link, "/proc/%d", &pid) != 1)
+		return NULL;
+	snprintf(expected, sizeof(expected), "/proc/%d%s", pid, rest);
+	if (strcmp(link, expected) != 0)
 		return NULL;
 	for (const struct twin *twin = twins; twin != NULL; twin = twin->next) {
 		if (twin->pid == pid)
@@ -317,7 +369,49 @@ int ioctl(int fd, unsigned long request, ...)
 	va_start(values, request);
 	void *argument = va_arg(values, void *);
 	va_end(values);
-	if (request == PAGEMAP_SCAN && twins != NULL && is_about_pages(argument) && (twin = twin_of_pagemap(fd)) != NULL)
-		return (int) scan_visible(fd, argument, &twin->hidden);
+	if (request == PAGEMAP_SCAN && twins != NULL && (twin = twin_of_file(fd, "/pagemap")) != NULL) {
+		struct pm_scan_arg *scan = argument;
+		const struct prediction *prediction = prediction_of(twin->pid);
+		if (is_about_pages(scan))
+			return (int) scan_visible(fd, scan, &twin->hidden);
+		if (is_about_guards(scan) && prediction != NULL && prediction->written && prediction->no_guards) {
+			scan->walk_end = scan->end;
+			return 0;
+		}
+	}
 	return (int) syscall(SYS_ioctl, fd, request, argument);
+}
+
+static int open_at(int directory, const char *path, int flags, mode_t mode)
+{
+	const struct twin *twin;
+
+	if (twins != NULL && strcmp(path, "smaps") == 0 && (twin = twin_of_file(directory, "")) != NULL) {
+		struct prediction *prediction = prediction_of(twin->pid);
+		int fd = prediction == NULL ? -1 : open_predicted(prediction);
+		if (fd >= 0)
+			return fd;
+	}
+	return (int) syscall(SYS_openat, directory, path, flags, mode);
+}
+
+int openat(int directory, const char *path, int flags, ...)
+{
+	va_list values;
+
+	va_start(values, flags);
+	mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(values, mode_t) : 0;
+	va_end(values);
+	return open_at(directory, path, flags, mode);
+}
+
+/* The same on a 64-bit system; CRIU is compiled to call this one. */
+int openat64(int directory, const char *path, int flags, ...)
+{
+	va_list values;
+
+	va_start(values, flags);
+	mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(values, mode_t) : 0;
+	va_end(values);
+	return open_at(directory, path, flags | O_LARGEFILE, mode);
 }

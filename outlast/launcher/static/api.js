@@ -4,10 +4,12 @@ const KEPT = "outlast-token";
 
 // The token stays in this tab's own storage, which no other site and no other port can read.
 export function takeTokenFromAddress() {
-  const found = new URLSearchParams(location.hash.slice(1)).get("token");
+  const words = new URLSearchParams(location.hash.slice(1));
+  const found = words.get("token");
   if (found) {
     sessionStorage.setItem(KEPT, found);
-    history.replaceState(null, "", location.pathname + location.search);
+    words.delete("token");
+    history.replaceState(null, "", location.pathname + location.search + (words.size ? `#${words}` : ""));
   }
 }
 

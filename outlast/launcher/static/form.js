@@ -49,11 +49,9 @@ export class Form {
     const turn = ++this.asked;
     try {
       const answer = await post("api/preview", this.values());
-      if (turn === this.asked) this.#show(answer.script, {});
+      if (turn === this.asked) this.#show(answer.script, answer.fields);
     } catch (error) {
-      if (turn !== this.asked) return;
-      if (error.fields) this.#show(null, error.fields);
-      else this.say(error.message, true);
+      if (turn === this.asked) this.say(error.message, true);
     }
   }
 

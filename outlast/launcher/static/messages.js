@@ -1,6 +1,6 @@
 // The control panel's messages: a job's event log, as it grows.
 
-import { $, element, milliseconds, setText, size, time } from "./words.js";
+import { $, AtEnd, element, milliseconds, setText, size, time } from "./words.js";
 
 const MOST = 3000;
 const KINDS = {
@@ -22,6 +22,7 @@ function textOf(event) {
 export class Messages {
   constructor() {
     this.list = $("messages");
+    this.end = new AtEnd(this.list);
     this.begin(null);
   }
 
@@ -32,6 +33,7 @@ export class Messages {
     this.list.hidden = true;
     $("messages-empty").hidden = false;
     setText($("messages-empty"), job ? "Nothing yet." : "Choose a job to see what happens to it.");
+    this.end.set(true);
     clearTimeout(this.timer);
     // What was there before is read by whoever wants to; only what comes from now on is announced.
     this.timer = setTimeout(() => this.list.setAttribute("aria-live", "polite"), 2500);
@@ -42,13 +44,12 @@ export class Messages {
   }
 
   take(events) {
-    const stick = this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 24;
     for (const event of events) this.#insert(event);
     while (this.entries.length > MOST) this.entries.shift().node?.remove();
     const any = this.entries.length > 0;
     this.list.hidden = !any;
     $("messages-empty").hidden = any;
-    if (stick) this.list.scrollTop = this.list.scrollHeight;
+    this.end.keep();
   }
 
   #insert(event) {

@@ -1,7 +1,7 @@
 // The output panel: a job's files line by line, with what a restore takes back taken back here too.
 
 import { post } from "./api.js";
-import { $, element, plural, setText, size } from "./words.js";
+import { $, AtEnd, element, plural, setText, size } from "./words.js";
 
 const MOST_LINES = 5000;
 const TITLES = { out: "Standard output", err: "Standard error" };
@@ -17,13 +17,11 @@ class Output {
     save.addEventListener("click", () => onDownload(which));
     this.problem = element("p", { class: "wrong", role: "status" });
     this.text = element("div", { class: "lines", role: "log", "aria-live": "off", "aria-label": title, tabindex: "0", "data-stream": which });
-    this.text.addEventListener("scroll", () => {
-      if (this.#atEnd()) this.follow.checked = true;
-      else if (this.text.scrollTop < this.lastTop) this.follow.checked = false;
-      this.lastTop = this.text.scrollTop;
+    this.end = new AtEnd(this.text, (on) => (this.follow.checked = on));
+    this.follow.addEventListener("change", () => {
+      this.end.set(this.follow.checked);
+      this.end.keep();
     });
-    this.follow.addEventListener("change", () => this.#scroll());
-    this.lastTop = 0;
     this.node = element(
       "section",
       { class: "stream", "aria-label": title },
@@ -31,7 +29,7 @@ class Output {
         "div",
         { class: "stream-head" },
         element("h3", {}, title),
-        element("span", { class: "path", title: path }, path),
+        element("span", { class: "path", title: path }, path.split("/").pop()),
         element("label", { class: "check" }, this.follow, " Follow"),
         save,
       ),
@@ -41,7 +39,6 @@ class Output {
   }
 
   take(message) {
-    const stick = this.follow.checked;
     switch (message.op) {
       case "begin":
         this.#clear();
@@ -65,7 +62,7 @@ class Output {
         setText(this.problem, message.text || "");
         break;
     }
-    if (stick) this.#scroll();
+    this.end.keep();
   }
 
   #add(lines) {
@@ -122,14 +119,6 @@ class Output {
     if (!this.keepMarks) this.text.replaceChildren();
     this.keepMarks = false;
     this.dropped = false;
-  }
-
-  #atEnd() {
-    return this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 24;
-  }
-
-  #scroll() {
-    if (this.follow.checked) this.text.scrollTop = this.text.scrollHeight;
   }
 }
 

@@ -49,6 +49,33 @@ export const milliseconds = (value) => (typeof value === "number" ? `${value.toF
 
 export const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
 
+// Keeps a box scrolled to its end until somebody scrolls up, and again when he is back at the end.
+export class AtEnd {
+  constructor(box, onChange = () => {}) {
+    this.box = box;
+    this.on = true;
+    this.onChange = onChange;
+    let last = 0;
+    box.addEventListener("scroll", () => {
+      const end = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+      if (end) this.set(true);
+      else if (box.scrollTop < last) this.set(false);
+      last = box.scrollTop;
+    });
+    new ResizeObserver(() => this.keep()).observe(box);
+  }
+
+  set(on) {
+    if (on === this.on) return;
+    this.on = on;
+    this.onChange(on);
+  }
+
+  keep() {
+    if (this.on) this.box.scrollTop = this.box.scrollHeight;
+  }
+}
+
 export function saveAs(name, text) {
   const address = URL.createObjectURL(new Blob([text], { type: "text/plain" }));
   element("a", { href: address, download: name }).click();
