@@ -6,6 +6,7 @@ from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsul
 from criu_backend._criu import Criu, CriuError, error_from_log
 from criu_backend._images import pycriu_version
 from criu_backend._memory import Memory, put_back
+from criu_backend._postcopy import PageServer, write_eager_pages
 from criu_backend._result import DumpResult
 from criu_backend._selftest import SelfTest, best_mode, known_self_test, self_test
 
@@ -17,11 +18,13 @@ __all__ = [
     "CriuError",
     "DumpResult",
     "Memory",
+    "PageServer",
     "SelfTest",
     "best_mode",
     "error_from_log",
     "known_self_test",
     "put_back",
+    "write_eager_pages",
     "pycriu_version",
     "restore_capsule",
     "self_test",

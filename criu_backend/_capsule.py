@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
+from types import MappingProxyType
 
 HELPER = Path("/usr/libexec/outlast/outlast-capsule")
 
 # The restored tree finds the new standard descriptors here. Source: native/capsule.c, INHERITED_STDIO.
 INHERITED_STDIO = 10
+PAGES_FD = 13
+READY_FD = 14
 
 _CLEAN_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
@@ -123,7 +126,13 @@ def start_capsule(
 
 
 def restore_capsule(
-    context: Context, command: Sequence[str], state: Path, *, last_pid: int, helper: Path = HELPER
+    context: Context,
+    command: Sequence[str],
+    state: Path,
+    *,
+    last_pid: int,
+    pager: tuple[Sequence[str], int] | None = None,
+    helper: Path = HELPER,
 ) -> Capsule:
     """Make a capsule as `start_capsule` does and run *command*, a `criu restore`, as root in it.
 
@@ -131,13 +140,25 @@ def restore_capsule(
         command: must write the PID of the tree's root to `restored.pid` in *state*. The descriptors 10, 11
             and 12 in it are the three of *context*.
         last_pid: CRIU's own processes get the PIDs after this one, so none that the tree needs may follow.
+        pager: a program that runs beside the tree until it has all its pages, and a descriptor that it
+            gets as 13 (PAGES_FD); it writes to 14 (READY_FD) when it is ready. If it fails the capsule ends.
 
     Raises:
         CapsuleError: the capsule could not be made, or *command* failed; nothing is left running.
     """
     (state / "restored.pid").unlink(missing_ok=True)
     program = [str(len(command)), *command]
-    return _make("restore", context, program, state, ["--last-pid", str(last_pid)], helper)
+    options = ["--last-pid", str(last_pid)]
+    if pager is None:
+        return _make("restore", context, program, state, options, helper)
+    argv, pages = pager
+    pager_fd = os.memfd_create("pager")
+    try:
+        _write_program(pager_fd, [str(len(argv)), *argv])
+        fds = {"pager": pager_fd, "pages": pages}
+        return _make("restore", context, program, state, options, helper, fds)
+    finally:
+        os.close(pager_fd)
 
 
 def enter_command(capsule: Capsule, command: Sequence[str], helper: Path = HELPER) -> list[str]:
@@ -150,8 +171,19 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**_CLEAN_ENVIRONMENT, **extra}
 
 
+def _write_program(fd: int, strings: Sequence[str]) -> None:
+    with open(os.dup(fd), "wb") as file:  # noqa: PTH123 - a descriptor has no path
+        file.write(b"".join(os.fsencode(text) + b"\0" for text in strings))
+
+
 def _make(
-    action: str, context: Context, program: Sequence[str], state: Path, options: Sequence[str], helper: Path
+    action: str,
+    context: Context,
+    program: Sequence[str],
+    state: Path,
+    options: Sequence[str],
+    helper: Path,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> Capsule:
     for name in ("exit", "asked-to-end"):
         (state / name).unlink(missing_ok=True)
@@ -159,9 +191,9 @@ def _make(
     state_fd = os.open(state, os.O_DIRECTORY | os.O_CLOEXEC)
     report, theirs = socket.socketpair()
     try:
-        with open(os.dup(program_fd), "wb") as file:  # noqa: PTH123 - a descriptor has no path
-            file.write(b"".join(os.fsencode(text) + b"\0" for text in program))
+        _write_program(program_fd, program)
         fds = {
+            **more,
             "pidfd": context.pidfd,
             "status": context.status,
             "report": theirs.fileno(),

@@ -14,6 +14,8 @@ from pathlib import Path
 from criu_backend._capsule import (
     HELPER,
     INHERITED_STDIO,
+    PAGES_FD,
+    READY_FD,
     Capsule,
     CapsuleError,
     Context,
@@ -23,8 +25,10 @@ from criu_backend._capsule import (
 )
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
+from criu_backend._sockets import has_connections
 from criu_backend._twins import end_twins
 
 _ERROR = re.compile(r"^(?:\([0-9.]+\))?\s*(?:\d+: )?Error \((?P<where>[^)]+)\): (?P<what>.*)$", re.M)
@@ -220,7 +224,9 @@ class Criu:
         path = images / "notify.sock"
         command = [self._program, "dump", "--tree", str(capsule.job_pid), "--images-dir", os.fspath(images)]
         command += ["--log-file", log.name, "-v2", "--leave-running", *_common_options(tcp)]
-        command += ["--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
+        # To take the lock away again costs 15 ms, most of the pause of a small job.
+        lock = "nftables" if has_connections(capsule.tasks()) else "skip"
+        command += ["--network-lock", lock, "--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
         command += [word for value in external for word in ("--external", value)]
         environment = {"OUTLAST_NOTIFY": os.fspath(path)}
         passed = [] if lock_fd is None else [lock_fd]
@@ -274,6 +280,7 @@ class Criu:
         dumped_by: str,
         tcp: str = "established",
         inherit: Sequence[tuple[int, str]] = (),
+        pages: PageServer | None = None,
     ) -> Capsule:
         """Bring the tree in *images* back to life in a capsule of its own, in the place of *context*.
 
@@ -282,6 +289,8 @@ class Criu:
             dumped_by: CRIU's version that wrote the images.
             inherit: which of the standard descriptors (0, 1, 2) of *context* take the place of which open
                 file of the tree, in CRIU's words, such as (1, "pipe:[4711]").
+            pages: the tree runs at once, and gets its pages from this server afterwards; *images* must stay
+                until `pages` is complete. Should that fail, the capsule ends.
 
         Raises:
             CriuError: it did not work; nothing is left running. CapsuleError likewise, before CRIU ran.
@@ -304,24 +313,36 @@ class Criu:
             "--restore-detached",
             "--pidfile",
             os.fspath(state / "restored.pid"),
+            "--network-lock=nftables",
             *_common_options(tcp),
         ]
         for fd, what in inherit:
             command += ["--inherit-fd", f"fd[{INHERITED_STDIO + fd}]:{what}"]
+        pager = None
+        if pages is not None:
+            command.append("--lazy-pages")
+            daemon = [self._program, "lazy-pages", "--no-default-config", "--images-dir", os.fspath(images)]
+            daemon += ["--log-file", "lazy.log", "-v2", "--page-server", "--ps-socket", str(PAGES_FD)]
+            pager = ([*daemon, "--status-fd", str(READY_FD)], pages.peer.fileno())
         # Far from the tree's own, and from what those of its processes that are gone were called.
+        last_pid += 10000
         try:
-            return restore_capsule(context, command, state, last_pid=last_pid + 10000, helper=self._helper)
+            return restore_capsule(
+                context, command, state, last_pid=last_pid, pager=pager, helper=self._helper
+            )
         except CapsuleError as error:
             if log.exists():
                 raise error_from_log("restore", log) from error
             raise
+        finally:
+            if pages is not None:
+                pages.peer.close()  # so that the end of CRIU's daemon is seen
 
 
 def _common_options(tcp: str) -> list[str]:
     return [
         "--no-default-config",
         "--manage-cgroups=ignore",
-        "--network-lock=nftables",
         "--file-locks",
         "--ext-unix-sk",
         f"--tcp-{tcp}",

@@ -18,6 +18,9 @@ class ImageError(Exception):
         super().__init__(message)
         self.hint = hint
 
+# Source: CRIU, criu/include/rst_info.h or pstree.h, TASK_DEAD.
+_TASK_DEAD = 2
+
 
 def pycriu_version() -> str | None:
     """Return the version of the pycriu that is installed, None where there is none."""
@@ -76,8 +79,11 @@ def require_owner(images: Path, uid: int) -> None:
     if uid == 0:
         return
     for path in sorted(images.glob("core-*.img")):
-        creds = entries(path)[0].get("thread_core", {}).get("creds")
+        core = entries(path)[0]
+        creds = core.get("thread_core", {}).get("creds")
         if creds is None:
+            if core.get("tc", {}).get("task_state") == _TASK_DEAD:
+                continue  # ended, and not yet waited for: it never runs again
             raise ImageError(f"{path.name}: holds no credentials")
         ids = {creds[name] for name in ("uid", "euid", "suid", "fsuid")}
         capabilities = [word for name in ("cap_prm", "cap_eff", "cap_inh") for word in creds.get(name, ())]

@@ -125,13 +125,13 @@ def _events(args: argparse.Namespace) -> None:
 
 def _checkpoint(args: argparse.Namespace) -> None:
     """Take a checkpoint of a running job now, and wait until it is in the store."""
-    before = {one["name"] for one in _ask(args, {"op": "list", "job": args.job})["checkpoints"]}
-    failures = _failures(args)
     manager = _RUNTIME / args.job / "manager.sock"
     if manager.exists():
-        control.call(manager, {"op": "checkpoint"})
-    else:
-        _ask(args, {"op": "checkpoint", "job": args.job})
+        _checkpoint_here(args, manager)
+        return
+    before = {one["name"] for one in _ask(args, {"op": "list", "job": args.job})["checkpoints"]}
+    failures = _failures(args)
+    _ask(args, {"op": "checkpoint", "job": args.job})
     deadline = time.monotonic() + _CHECKPOINT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.5)
@@ -145,6 +145,25 @@ def _checkpoint(args: argparse.Namespace) -> None:
         f"job {args.job}: no checkpoint within {_CHECKPOINT_SECONDS:.0f} s",
         hint=f"'outlast events {args.job}' says what it does",
     )
+
+
+def _checkpoint_here(args: argparse.Namespace, manager: Path) -> None:
+    """Have the job's manager on this node take a checkpoint.
+
+    Maybe from inside the job, so no connection is kept meanwhile: CRIU could not dump it.
+    """
+    before = control.call(manager, {"op": "status"})
+    control.call(manager, {"op": "checkpoint"})
+    deadline = time.monotonic() + _CHECKPOINT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        now = control.call(manager, {"op": "status"})
+        if now["newest"] not in (None, before["newest"]):
+            _print_json({"name": now["newest"]}) if args.json else print(now["newest"])
+            return
+        if now["last_error"] not in (None, before["last_error"]):
+            raise OutlastError(now["last_error"])
+    raise OutlastError(f"job {args.job}: no checkpoint within {_CHECKPOINT_SECONDS:.0f} s")
 
 
 def _failures(args: argparse.Namespace) -> list[Mapping[str, Any]]:

@@ -63,21 +63,25 @@ class RestartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LeaseConfig:
-    """The [lease] table, in seconds: how soon a silent node is noticed."""
+    """The [lease] table, in seconds: for how long a run may go on of which nothing is heard."""
 
-    renew: float = 1.0
-    ttl: float = 5.0
+    renew: float = 0.5
+    ttl: float = 4.0
+    guard: bool = True  # stop the job when its lease could not be renewed for so long
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.renew <= self.ttl / 2:
             raise ValueError(f"renew = {self.renew:g}: must be 0.1 or more, and at most half of ttl")
+        if self.ttl < 1:
+            raise ValueError(f"ttl = {self.ttl:g}: must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatcherConfig:
     """The [watcher] table."""
 
-    cycle: float = 1.0  # seconds between two looks
+    cycle: float = 0.5  # seconds between two looks
+    silent: float = 2.0  # seconds without a heartbeat until a node that does not answer either is dead
     mark_down: bool = True  # tell the scheduler at once that a node is dead
     exclude: int = 300  # seconds for which a job is kept away from the node that it was lost on
     socket: Path = Path("/run/outlast/watcher.sock")

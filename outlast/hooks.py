@@ -23,8 +23,8 @@ _READY_SECONDS = 10.0
 _ACTION_SECONDS = 3600.0
 _TELL_SECONDS = 2.0
 
-# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up, and then
-# nobody is to wait for it: the shell's own name is the file that says so.
+# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up: then
+# the file that has others wait for it, by whose name the shell goes, is removed.
 _SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || { rm -f "$0"; exit 1; }; sleep 1; done'
 
 
@@ -44,10 +44,11 @@ def start_manager(job_id: str, options: Sequence[str]) -> Path:
     try:
         _RUNTIME.mkdir(mode=0o755, parents=True, exist_ok=True)
         _LOGS.mkdir(mode=0o755, parents=True, exist_ok=True)
-        directory.with_name(job_id + ".starting").touch()
+        starting = directory.with_name(job_id + ".starting")
+        starting.touch()
         with (_LOGS / f"{job_id}.log").open("ab") as log:
             subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISE, "outlast-manager", *command],
+                ["/bin/sh", "-c", _SUPERVISE, os.fspath(starting), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -112,13 +112,30 @@ class Lease:
     node: str
     uid: int
 
+    @property
+    def is_fence(self) -> bool:
+        """Whether nobody holds it: it keeps run *epoch* from beginning before the run before it has ended."""
+        return self.node == FENCE_NODE
+
+    def fence(self) -> Lease:
+        """Return the fence between this run and the next."""
+        return Lease(self.job, self.epoch + 1, FENCE_NODE, self.uid)
+
+
+# No host is called so. A lease of this node is a fence: see `Lease.is_fence`.
+FENCE_NODE = "_"
+
 
 @dataclass(frozen=True)
 class LeaseView:
-    """A lease as a reader of the store finds it; *age* is in seconds by the store's own clock."""
+    """A lease as a reader of the store finds it; *age* is in seconds by the store's own clock.
+
+    *beat* grows with each renewal.
+    """
 
     lease: Lease
     age: float
+    beat: int = 0
 
 
 @dataclass(frozen=True)

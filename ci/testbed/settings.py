@@ -86,6 +86,8 @@ def configure(layout: Layout, root: Path) -> None:
             f'LD_PRELOAD=/{_OWN}/rlimit_shim.so${{LD_PRELOAD:+:$LD_PRELOAD}} exec /usr/sbin/criu "$@"\n',
             mode=0o755,
         )
+    # As `outlast store init` would make it on one node, and an administrator copy it to the others.
+    data_key = f"{os.urandom(4).hex()} {os.urandom(32).hex()}\n"
     for host in HOSTS.values():
         own = _Layer(layout.host(host.name) / "upper", root)
         own.file("etc/hostname", host.name + "\n")
@@ -98,6 +100,8 @@ def configure(layout: Layout, root: Path) -> None:
         else:
             owner = "slurm" if host.role == "ctl" else "root"
             own.file("etc/outlast/store.key", (made / "client").read_bytes(), mode=0o600, owner=owner)
+        if host.role == "node":
+            own.file("etc/outlast/data.key", data_key, mode=0o600)
 
 
 def _hook_lines(layout: Layout) -> str:

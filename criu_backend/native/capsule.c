@@ -3,10 +3,14 @@
  * outlast-capsule: a job in its own PID, mount and IPC namespaces, under a mini-init that is PID 1.
  *
  *   outlast-capsule start --peer PID --pidfd FD --status FD --report FD --state FD --program FD [--no-filter]
- *   outlast-capsule restore (the same) --last-pid N
+ *   outlast-capsule restore (the same) --last-pid N [--pager FD --pages FD]
  *       Takes the context of process PID and makes a capsule in it. "start" runs the program as PID's
  *       user with this process's descriptors 0-2; "restore" runs the program (CRIU) as root, with
  *       /dev/null as 0-2 and this process's descriptors 0-2 as 10-12, and adopts what it restored.
+ *       With a pager (CRIU's lazy-pages daemon, a program like the other), that runs beside the restored tree
+ *       until it has given it all its pages: it gets the descriptor of --pages as 13, and writes to 14 when it is
+ *       ready. Should it fail, everything in the capsule ends at once, since pages that it has not given
+ *       would be read as zeros.
  *   outlast-capsule enter PID -- PROGRAM [ARGUMENT...]
  *       Runs PROGRAM inside the capsule whose init is PID (as this PID namespace numbers it); ends with its
  *       exit code. Signals other than SIGKILL are ignored: a CRIU that is killed may kill the job.
@@ -17,9 +21,10 @@
  * Descriptors: pidfd is of the peer; status is a SOCK_SEQPACKET pair to the peer (in: int32 signal to send to
  * the job; out: int32 wait status of the job; its end means that the peer is gone, and the job with it);
  * report is one end of a stream socket pair and takes lines: "init PID", upon which it must be answered with a
- * byte before anything of the job runs, then "ready NSPID", or "error TEXT"; state is a directory, in which "exit" (the wait
- * status) is written when the job has ended; program is a file of NUL-terminated strings: the count of
- * arguments, the arguments, the environment ("start" only).
+ * byte before anything of the job runs, then "ready NSPID", or "error TEXT"; state is a directory, in which
+ * "exit" (the wait status) is written when the job has ended, and "asked-to-end" before the job is sent SIGTERM
+ * or SIGINT; program is a file of NUL-terminated strings: the count of arguments, the arguments, the environment
+ * ("start" only).
  *
  * CRIU runs inside the two namespaces (PID and mount), so its images hold neither, and the PIDs that it
  * restores cannot be taken. Native code, since PID 1 should cost a job neither an interpreter's memory nor
@@ -58,6 +63,9 @@
 /* The job's first PID, so that the few processes that start before it never stand where it wants to be. */
 #define FIRST_JOB_PID 1000
 #define INHERITED_STDIO 10
+#define PAGES_FD 13
+#define READY_FD 14
+#define FIRST_FREE_FD 16
 #define NO_PERMISSION 126
 #define NOT_FOUND 127
 
@@ -65,7 +73,7 @@ struct options {
 	bool restore;
 	bool filter;
 	pid_t peer;
-	int pidfd, status, report, state, program;
+	int pidfd, status, report, state, program, pager, pages;
 	long last_pid;
 };
 
@@ -75,6 +83,7 @@ struct program {
 };
 
 static int report_fd = STDERR_FILENO;
+static pid_t pager;
 static const char *report_prefix = "error ";
 
 static void report(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -251,6 +260,37 @@ static void run_job(const struct context *context, const struct program *program
 	_exit(error == ENOENT ? NOT_FOUND : NO_PERMISSION);
 }
 
+/* Starts the program that brings pages after the restore, and waits until it is ready to. */
+static void start_pager(const struct options *options)
+{
+	struct program program = read_program(options->pager);
+	int ready[2];
+	char byte;
+
+	if (pipe2(ready, O_CLOEXEC) < 0)
+		die("a pipe: %s", strerror(errno));
+	pager = fork();
+	if (pager == 0) {
+		int devnull = fcntl(open("/dev/null", O_RDWR), F_DUPFD, FIRST_FREE_FD);
+		int pages = fcntl(options->pages, F_DUPFD, FIRST_FREE_FD);
+		int done = fcntl(ready[1], F_DUPFD, FIRST_FREE_FD);
+		for (int fd = 0; fd < 3; fd++)
+			dup2(devnull, fd);
+		if (dup2(pages, PAGES_FD) < 0 || dup2(done, READY_FD) < 0)
+			die("the pager's descriptors: %s", strerror(errno));
+		close_range(3, PAGES_FD - 1, 0);
+		close_range(READY_FD + 1, ~0U, 0);
+		reset_signals();
+		execvp(program.arguments[0], program.arguments);
+		_exit(NOT_FOUND);
+	}
+	close(ready[1]);
+	close(options->pages);
+	if (pager < 0 || read(ready[0], &byte, 1) != 1)
+		die("the pager did not start");
+	close(ready[0]);
+}
+
 /* Runs CRIU; returns the PID, in this namespace, of the root of what it restored. */
 static pid_t run_restore(const struct options *options, const struct program *program)
 {
@@ -259,6 +299,8 @@ static pid_t run_restore(const struct options *options, const struct program *pr
 
 	snprintf(text, sizeof(text), "%ld", options->last_pid);
 	write_file(AT_FDCWD, "/proc/sys/kernel/ns_last_pid", text);
+	if (options->pager >= 0)
+		start_pager(options);
 	pid_t criu = fork();
 	if (criu == 0) {
 		/* Out of the way of the descriptors that are about to be filled. */
@@ -304,7 +346,15 @@ static void reap(const struct options *options, pid_t job)
 	int status;
 	pid_t pid;
 
+	/* Looked at first: what the job did after its pager had failed must not be taken for its work. */
+	if (pager > 0 && waitpid(pager, &status, WNOHANG) == pager) {
+		if (status != 0)
+			_exit(EXIT_FAILURE);
+		pager = 0;
+	}
 	while ((pid = waitpid(-1, &status, WNOHANG | __WALL)) > 0) {
+		if (pid == pager && status != 0)
+			_exit(EXIT_FAILURE);
 		if (pid == job)
 			job_ended(options, status);
 	}
@@ -466,10 +516,11 @@ int main(int argc, char **argv)
 		{ "status", required_argument, NULL, 's' }, { "report", required_argument, NULL, 'r' },
 		{ "state", required_argument, NULL, 't' },  { "program", required_argument, NULL, 'g' },
 		{ "last-pid", required_argument, NULL, 'l' }, { "no-filter", no_argument, NULL, 'n' },
+		{ "pager", required_argument, NULL, 'P' }, { "pages", required_argument, NULL, 'a' },
 		{ NULL, 0, NULL, 0 },
 	};
 	struct options options = { .filter = true, .peer = 0, .pidfd = -1, .status = -1, .report = -1,
-				   .state = -1, .program = -1 };
+				   .state = -1, .program = -1, .pager = -1, .pages = -1 };
 	const char *action = getenv("CRTOOLS_SCRIPT_ACTION");
 	int name;
 
@@ -491,6 +542,8 @@ int main(int argc, char **argv)
 		case 'g': options.program = (int) value; break;
 		case 'l': options.last_pid = value; break;
 		case 'n': options.filter = false; break;
+		case 'P': options.pager = (int) value; break;
+		case 'a': options.pages = (int) value; break;
 		default: return usage();
 		}
 	}

@@ -115,9 +115,7 @@ def _announce(
     host, port = listener.getsockname()[:2]
     if not options.origin:
         say(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{shown}")
-    say(
-        f"outlast: whoever has this address can do with jobs and files what {user} can; Ctrl-C ends it"
-    )
+    say(f"outlast: whoever has this address can do with jobs and files what {user} can; Ctrl-C ends it")
     if ipaddress.ip_address(host).is_loopback:
         say(
             f"outlast: from another machine, first: ssh -L {port}:{host}:{port} {user}@{socket.gethostname()}"

@@ -107,8 +107,8 @@ def parse_spec(form: Mapping[str, object]) -> Spec:
         cpus=take("cpus", _bad_cpus),
         memory=take("memory", _matches(_MEMORY, "a number and K, M, G or T, such as 4G")),
         directory=_expanded(take("directory", _bad_directory)),
-        output=take("output", _bad_word),
-        errors=take("errors", _bad_word),
+        output=take("output", _bad_path),
+        errors=take("errors", _bad_path),
         interval=take("interval", _bad_interval),
         environment=_environment(form.get("environment", ""), wrong),
     )
@@ -190,8 +190,13 @@ def _expanded(value: str) -> str:
     return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
 
 
+def _bad_path(value: str) -> str | None:
+    # Source: sbatch(1), "filename pattern": a backslash is taken out, and turns the rest's meaning off.
+    return "Slurm cannot have a backslash in it" if "\\" in value else _bad_word(value)
+
+
 def _bad_directory(value: str) -> str | None:
-    if bad := _bad_word(value):
+    if bad := _bad_path(value):
         return bad
     path = Path(_expanded(value))
     if not path.is_absolute():

@@ -8,6 +8,7 @@ waits for the capsule's end, and the checkpointer's own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -21,15 +22,20 @@ from typing import Any
 
 from criu_backend import CapsuleError, Criu, CriuError
 from outlast import control
-from outlast.config import Config
+from outlast.config import Config, StoreConfig
 from outlast.control import Peer
-from outlast.errors import LeaseLost, OutlastError, UsageError
+from outlast.errors import ConfigError, LeaseLost, OutlastError, UsageError
 from outlast.manager._checkpoints import Checkpointer
 from outlast.manager._events import EventLog
+from outlast.manager._guard import Guard, boottime
+from outlast.manager._holding import Ask, Holding
 from outlast.manager._launch import Launcher, Run, epoch_of, first_epoch_of
 from outlast.manager._mom import Mom
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import JobKey, Lease, parse_interval
+from outlast.scheduler import Witness
+from outlast.scheduler.pbs import PbsScheduler
+from outlast.scheduler.slurm import SlurmScheduler
 from outlast.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -43,6 +49,9 @@ _LAST_UPLOAD_SECONDS = 600.0
 # How long a restart waits for the last upload of the run before it, on the same node.
 _PREDECESSOR_SECONDS = 120.0
 _POLL_SECONDS = 0.5
+# How long a job that is held lives on after its last checkpoint is in the store.
+_HOLD_SECONDS = 1.5
+_HANG_UP_SECONDS = 0.2
 
 
 class Manager:
@@ -87,6 +96,7 @@ class Manager:
         self._job_over = threading.Event()  # the scheduler says that the job has ended on this node
         self._finished = threading.Event()  # nothing is left to do for it
         self._leased = threading.Event()
+        self._holding: Holding | None = None
 
     def run(self) -> None:
         """Serve the job until it has ended and all that belongs to it has been stored."""
@@ -226,7 +236,9 @@ class Manager:
         self._events.epoch = epoch
         run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
         run.mom = self._mom
+        run.shim_pid = shim.peer.pid
         self._run = run
+        self._take_turn(run, shim)
         self._leased.set()
         run.capsule = self._launcher.launch(run, shim)
         run.save()
@@ -235,8 +247,30 @@ class Manager:
         if run.mom is not None and run.mom.attach(next(run.capsule.tasks(), 0), run.uid):
             shim.attached()
 
+    def _take_turn(self, run: Run, shim: Shim) -> None:
+        """Return once no earlier run of the job can be running any more."""
+        holding = self._holding = self._hold_lease(run)
+        if run.epoch == 0:
+            return
+        with open_store(self._store_for_leases()) as store:
+            if not self._launcher.when_store_answers(shim, lambda: holding.await_turn(store, lambda: shim.gone)):
+                raise ShimGone("the job was ended while it waited for the run before it to have ended")
+
+    def _hold_lease(self, run: Run) -> Holding:
+        scheduler = None if self._standalone else _witness(self._config)
+        ask: Ask | None = None if scheduler is None else lambda: scheduler.job(self._job.job_id)
+        return Holding(self._config.lease, self._lease(run), self._events, ask)
+
+    def _store_for_leases(self) -> StoreConfig:
+        """The store, of which nobody waits for an answer for longer than a lease lasts."""
+        store = self._config.store
+        return dataclasses.replace(store, timeout=min(store.timeout, max(1.0, self._config.lease.ttl / 2)))
+
     def _take_over(self, run: Run, say: Callable[[str], None] = lambda _: None) -> None:
-        """Checkpoint the running job from now on, and see to its end."""
+        """Guard and checkpoint the running job from now on, and see to its end."""
+        if self._holding is not None and run.capsule is not None and not self._standalone:
+            # Without a scheduler nobody runs the job again elsewhere but a person, who can be asked to wait.
+            self._holding.watch(Guard(run.directory, run.capsule, run.shim_pid))
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
         threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
@@ -266,6 +300,8 @@ class Manager:
             if status != 0 or asked:
                 checkpointer.join(_LAST_UPLOAD_SECONDS)
         self._leased.clear()
+        if self._holding is not None:
+            self._holding.end()
         self._store_end(status, asked=asked)
         if not self._standalone:
             self._job_over.wait(_GRACE_SECONDS)
@@ -295,7 +331,7 @@ class Manager:
     def _heartbeat(self) -> None:
         """Renew the lease, do what the mailbox asks for, ship events: for as long as the job runs."""
         fault = ""
-        with open_store(self._config.store) as store:
+        with open_store(self._store_for_leases()) as store:
             while not self._finished.wait(self._config.lease.renew):
                 if not self._leased.is_set() or self._run is None:
                     continue
@@ -312,7 +348,10 @@ class Manager:
                     fault = ""
 
     def _beat(self, store: Store, run: Run) -> None:
+        start = boottime()
         store.renew_lease(self._lease(run))
+        if self._holding is not None:
+            self._holding.extend(start)
         if not self._launcher.settled or run.capsule is None:
             return
         for request in store.take_requests(self._job):
@@ -347,7 +386,8 @@ class Manager:
             self._events.add("asked", f"user {peer.uid} asked for a checkpoint")
             if request.get("wait"):
                 return {"checkpoint": self._checkpointer.take().id.name(self._job.job_id)}
-            self._checkpointer.ask()
+            # Not before the peer has hung up: it may be a process of the job, and CRIU dumps no connections.
+            threading.Timer(_HANG_UP_SECONDS, self._checkpointer.ask).start()
             return {}
         if operation == "hold" and peer.uid == 0:
             return self._hold()
@@ -366,7 +406,8 @@ class Manager:
         name = self._checkpointer.take().id.name(self._job.job_id)
         self._events.add("held", f"the run ends with checkpoint {name}")
         self._mom.ask_for_rerun("held")
-        self._run.capsule.kill()
+        # MoM goes on with a hold when its action has ended, and gets it wrong if the job is gone before it has.
+        threading.Timer(_HOLD_SECONDS, self._run.capsule.kill).start()
         return {"checkpoint": name}
 
     def _status(self) -> dict[str, Any]:
@@ -392,5 +433,17 @@ class Manager:
             fcntl.flock(file, fcntl.LOCK_EX)
         for images in (run.directory / "spool").iterdir():
             shutil.rmtree(images, ignore_errors=True)
+        self._holding = self._hold_lease(run)
         self._leased.set()
         self._take_over(run)
+
+
+def _witness(config: Config) -> Witness | None:
+    """Return whom to ask of the job's run when the store does not answer, if there is anybody."""
+    try:
+        if config.scheduler == "pbs":
+            return PbsScheduler(timeout=config.lease.ttl / 2)
+        return SlurmScheduler(timeout=config.lease.ttl / 2)
+    except ConfigError as error:
+        log.warning("a store that does not answer will have the job stand still: %s", error)
+        return None

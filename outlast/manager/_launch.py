@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
 from outlast.config import Config
@@ -25,6 +25,8 @@ from outlast.store import Store, open_store
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 2.0
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Run:
     capsule: Capsule | None = None
     seq: int = 0  # of the newest checkpoint that was begun
     mom: Mom | None = None  # under PBS
+    shim_pid: int = 0
 
     def save(self) -> None:
         """Write down what another manager needs to take over, should this one die."""
@@ -56,6 +59,7 @@ class Run:
             "passed": self.passed,
             "seq": self.seq,
             "capsule": [self.capsule.init_pid, self.capsule.init_start, self.capsule.job_pid],
+            "shim_pid": self.shim_pid,
         }
         part = self.directory / "state.new"
         part.touch(mode=0o600)
@@ -80,6 +84,7 @@ class Run:
             state["passed"],
             Capsule(*state["capsule"]),
             state["seq"],
+            shim_pid=state["shim_pid"],
         )
 
 
@@ -105,7 +110,7 @@ class Launcher:
         if run.epoch == 0:
             return self._begin(run, shim)
         with open_store(self._config.store) as store:
-            return self._when_store_answers(shim, lambda: self._go_on(run, shim, store))
+            return self.when_store_answers(shim, lambda: self._go_on(run, shim, store))
 
     @property
     def settled(self) -> bool:
@@ -171,7 +176,7 @@ class Launcher:
         self._events.add("started", f"{' '.join(run.argv)}", interval=run.interval)
         return capsule
 
-    def _when_store_answers(self, shim: Shim, act: Callable[[], Capsule]) -> Capsule:
+    def when_store_answers(self, shim: Shim, act: Callable[[], T]) -> T:
         """Call *act* until the store answers it, for as long as the configuration allows."""
         deadline = time.monotonic() + self._config.restart.store_wait
         told = False

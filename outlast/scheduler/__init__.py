@@ -22,6 +22,13 @@ class SchedulerRefused(OutlastError):
     exit_code = os.EX_UNAVAILABLE
 
 
+class Witness(Protocol):
+    """Whoever can say which run of a job is the one that goes on."""
+
+    def job(self, job_id: str) -> SchedulerJob | None:
+        """Return the job as it stands now, or None where there is none. Raises as those of `Scheduler`."""
+
+
 class Scheduler(Protocol):
     """A scheduler's view of its jobs and nodes, and the few things that the watcher asks of it.
 
@@ -39,11 +46,14 @@ class Scheduler(Protocol):
     def requeue(self, handle: str) -> None:
         """Make the scheduler run an ended job again under its own id."""
 
-    def mark_down(self, node: str, reason: str) -> None:
-        """Tell the scheduler that *node* is dead, so that it takes its jobs away from it at once."""
+    def mark_down(self, nodes: Sequence[str], reason: str) -> None:
+        """Tell the scheduler that *nodes* are dead, so that it takes their jobs away from them at once."""
 
-    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
-        """Keep a pending job off exactly *nodes*; those named before and not here are allowed again."""
+    def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
+        """Keep pending jobs off exactly *nodes*; those named before and not here are allowed again.
+
+        *at_once*: let them start as soon as there is place, where the scheduler would have them wait.
+        """
 
     def users(self) -> frozenset[int]:
         """Return the uids, beside root, under which the scheduler itself runs its hooks."""

@@ -138,6 +138,12 @@ def jobs_on(output: str, node: str) -> tuple[str, ...]:
     return tuple(handle for handle, row in rows if row["job_state"] == "R" and node in _hosts(row))
 
 
+def down_nodes(output: str) -> frozenset[str]:
+    """Return the nodes whose MoM PBS knows to be down, from the output of `nodes_command`."""
+    rows = _rows(output, "nodes", "pbsnodes")
+    return frozenset(name for name, row in rows if set(str(row["state"]).split(",")) & _UNREACHABLE)
+
+
 def to_readmit(output: str, now: float) -> tuple[str, ...]:
     """Return the nodes that the watcher took out of service and that PBS has found up since, at time *now*.
 
@@ -183,17 +189,29 @@ class PbsScheduler:
         """See `Scheduler.requeue`."""
         self._run(requeue_command(handle))
 
-    def mark_down(self, node: str, reason: str) -> None:
-        """See `Scheduler.mark_down`: takes the node out of service, and has each of its jobs queued again.
+    def job(self, job_id: str) -> SchedulerJob | None:
+        """See `Witness.job`."""
+        return next((job for job in self.jobs() if job.job_id == job_id), None)
 
-        A job is queued when its MoM is known to be down: at once where its host's kernel says so, after up to
-        a minute where nothing answers.
+    def mark_down(self, nodes: Sequence[str], reason: str) -> None:
+        """See `Scheduler.mark_down`: takes the nodes out of service, and has each of their jobs queued again.
+
+        PBS queues them as soon as it has noticed that nothing answers there, which takes it up to a minute.
         """
+        for node in nodes:
+            self._mark_one_down(node, reason)
+
+    def _mark_one_down(self, node: str, reason: str) -> None:
         self._run(offline_command(node, reason))
+        if node in down_nodes(self._run(nodes_command())):
+            # PBS knows, and queues them node_fail_requeue seconds after it did. A qrerun now would queue them
+            # at once, but PBS then waits for that MoM's answer before it runs them: they would be stuck until
+            # the host is back. Source: OpenPBS 23.06, req_rerun.c, req_rerunjob2(): ji_discarding.
+            return
         for handle in jobs_on(self._run(jobs_command()), node):
             self._run(requeue_command(handle))
 
-    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
+    def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
         """See `Scheduler.exclude`: a node that was marked down is out of service for all, so there is nothing to do."""
 
     def users(self) -> frozenset[int]:

@@ -113,14 +113,24 @@ def requeue_command(handle: str) -> list[str]:
     return ["scontrol", "requeue", handle]
 
 
-def mark_down_command(node: str, reason: str) -> list[str]:
-    """Set a node down: slurmctld requeues its jobs at once, without waiting for SlurmdTimeout."""
-    return ["scontrol", "update", f"NodeName={node}", "State=DOWN", f"Reason={reason}"]
+def mark_down_command(nodes: Sequence[str], reason: str) -> list[str]:
+    """Set nodes down: slurmctld requeues their jobs at once, without waiting for SlurmdTimeout."""
+    return ["scontrol", "update", f"NodeName={','.join(nodes)}", "State=DOWN", f"Reason={reason}"]
 
 
-def exclude_command(handle: str, nodes: Sequence[str]) -> list[str]:
-    """Set the list of nodes that a pending job must not have; an empty one takes the list away."""
-    return ["scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(nodes)}"]
+def exclude_command(handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> list[str]:
+    """Set the list of nodes that pending jobs must not have; an empty one takes the list away.
+
+    *at_once* ends the delay of cred_expire + 1 s that a requeued job has, which is for the node that it ran on:
+    slurmd there would not take the job back before. So it is only for jobs that are kept away from that node.
+    """
+    begin = ["StartTime=now"] if at_once else []
+    return ["scontrol", "update", f"JobId={','.join(handles)}", f"ExcNodeList={','.join(nodes)}", *begin]
+
+
+def job_command(job_id: str) -> list[str]:
+    """The command whose output `parse_jobs` reads, for one job."""
+    return ["squeue", "--all", "--states=all", f"--jobs={job_id}", "--json"]
 
 
 def config_command() -> list[str]:
@@ -198,13 +208,23 @@ class SlurmScheduler:
         """See `Scheduler.requeue`."""
         self._run(requeue_command(handle))
 
-    def mark_down(self, node: str, reason: str) -> None:
+    def mark_down(self, nodes: Sequence[str], reason: str) -> None:
         """See `Scheduler.mark_down`."""
-        self._run(mark_down_command(node, reason))
+        self._run(mark_down_command(nodes, reason))
 
-    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
+    def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
         """See `Scheduler.exclude`."""
-        self._run(exclude_command(handle, nodes))
+        self._run(exclude_command(handles, nodes, at_once=at_once))
+
+    def job(self, job_id: str) -> SchedulerJob | None:
+        """See `Witness.job`."""
+        try:
+            found = parse_jobs(self._run(job_command(job_id)))
+        except SchedulerRefused as error:
+            if "Invalid job id" in str(error):
+                return None
+            raise
+        return next((job for job in found if job.job_id == job_id), None)
 
     def users(self) -> frozenset[int]:
         """See `Scheduler.users`: slurmctld runs EpilogSlurmctld as SlurmUser."""

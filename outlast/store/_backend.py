@@ -76,7 +76,7 @@ class Backend(Protocol):
         """Give *directory* the free name *to*; True if it was there."""
 
     def touch(self, name: str, *, create: bool) -> bool:
-        """Set the file's mtime to the clock of the store's machine; False if there is no such file.
+        """Add a byte to the file, and so set its mtime by the clock of the store's machine; False if it is not there.
 
         One round trip from the second time on. With *create*, an absent file is made, empty.
         """

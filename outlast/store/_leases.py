@@ -1,10 +1,11 @@
-"""Leases: empty files whose names say who holds them, and whose mtimes say since when they are silent."""
+"""Leases: files whose names say who holds them, whose sizes are the count of their renewals, and whose mtimes say
+since when they are silent."""
 
 from __future__ import annotations
 
 import re
 
-from outlast.errors import OutlastError, StoreRefused, UsageError
+from outlast.errors import LeaseLost, OutlastError, UsageError
 from outlast.model import JobKey, Lease, LeaseView
 from outlast.store._backend import Backend
 
@@ -26,6 +27,10 @@ class Leases:
         name = _name(lease)
         if lease in self._holding and self._backend.touch(name, create=False):
             return
+        if lease.is_fence:
+            # Nobody holds it, so there is nothing to be lost by others' leases.
+            self._backend.touch(name, create=True)
+            return
         taken_away = lease in self._holding
         self._holding.discard(lease)
         # First the own file, then the look at others': of two that do so at the same time, at least one
@@ -35,7 +40,7 @@ class Leases:
         for other in others:
             if other.epoch > lease.epoch or (other.epoch == lease.epoch and taken_away):
                 self._backend.remove(name)
-                raise StoreRefused(
+                raise LeaseLost(
                     f"job {lease.job}: the lease of run {lease.epoch} on {lease.node} is over: "
                     f"run {other.epoch} on {other.node} has one",
                     hint="this run must not write checkpoints any more",
@@ -55,7 +60,7 @@ class Leases:
             age = max(0.0, now - entry.mtime - self._backend.mtime_step)
             found = newest.get(lease.job)
             if found is None or (lease.epoch, -age) > (found.lease.epoch, -found.age):
-                newest[lease.job] = LeaseView(lease, age)
+                newest[lease.job] = LeaseView(lease, age, entry.size)
         return sorted(newest.values(), key=lambda view: view.lease.job)
 
     def drop(self, lease: Lease) -> None:

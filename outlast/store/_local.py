@@ -169,9 +169,15 @@ class LocalBackend:
         """See `Backend.touch`."""
         try:
             with self._errors(f"touching {name}"):
+                flags = os.O_WRONLY | os.O_APPEND
                 if create:
-                    os.close(self._open(name, os.O_WRONLY | os.O_CREAT))
-                os.utime(self._path(name))
+                    file = self._open(name, flags | os.O_CREAT)
+                else:
+                    file = os.open(self._path(name), flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.write(file, b"\n")
+                finally:
+                    os.close(file)
         except FileNotFoundError:
             return False
         return True

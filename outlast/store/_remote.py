@@ -148,14 +148,14 @@ class SftpBackend:
         return True
 
     def touch(self, name: str, *, create: bool) -> bool:
-        """See `Backend.touch`. The file stays open: a byte written stamps it with the server's time."""
+        """See `Backend.touch`. The file stays open: a byte added stamps it with the server's time."""
         try:
             with self._session(f"touching {name}") as wire:
                 if name not in self._held:
                     if create:
-                        handle = self._open(wire, name, _wire.FOR_WRITING | _wire.CREATING)
+                        handle = self._open(wire, name, _wire.FOR_WRITING | _wire.CREATING | _wire.APPENDING)
                     else:
-                        handle = wire.open(self._path(name), _wire.FOR_WRITING)
+                        handle = wire.open(self._path(name), _wire.FOR_WRITING | _wire.APPENDING)
                     self._held[name] = handle
                 if self._is_stamped(wire, name):
                     return True

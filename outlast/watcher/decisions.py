@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from outlast.config import Config
@@ -11,6 +11,13 @@ from outlast.model import JobState, Lease, LeaseView, SchedulerJob, SchedulerNod
 
 # A node counts as dead only when this many cycles in a row found it silent: one lost packet proves nothing.
 _SILENT_CYCLES = 2
+# Where so many nodes at least, and more than half of those with jobs, fall silent within one look, it is likelier
+# that the watcher is cut off than that all of them died: they are believed to be dead only after so many times
+# the usual silence.
+_MANY_NODES = 3
+_MANY_TIMES = 5.0
+# A manager whose lease has had no beat for so many renewals is asked after.
+_MISSED_BEATS = 2
 # Seconds for which the lease of an ended job is left alone: its manager may still be shipping.
 _LEASE_KEPT = 60.0
 # Seconds until a thing that the scheduler refused is asked for again.
@@ -48,7 +55,8 @@ class Snapshot:
     """All that one decision rests on, taken within one cycle; nothing in it is older news.
 
     *leases* were read before *jobs*: a job is never judged by a scheduler's view older than its lease.
-    *probes* holds only nodes that were asked in this cycle and of which the answer is certain.
+    *quiet* tells for how many seconds, by the watcher's own clock, a lease that it read again and again had no
+    beat. *probes* holds only nodes that were asked in this cycle and of which the answer is certain.
     """
 
     now: float  # Unix time, the watcher's clock; compared only with the times of *done*
@@ -57,6 +65,7 @@ class Snapshot:
     nodes: tuple[SchedulerNode, ...]
     probes: Mapping[str, Probe]
     done: tuple[Done, ...]
+    quiet: Mapping[Lease, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,13 @@ def decide(snapshot: Snapshot, config: Config) -> tuple[Decision, ...]:
         One decision for each lease, but only one `MarkDown` for each node, with all the runs lost there.
     """
     jobs = {job.job_id: job for job in snapshot.jobs}
-    decisions = []
+    decisions: list[Decision] = []
+    decision: Decision
     for view in snapshot.leases:
         job = jobs.get(view.lease.job.job_id)
-        if job is None:
+        if view.lease.is_fence and (job is None or job.state is not JobState.PENDING):
+            decision = _fence(view)
+        elif job is None:
             decision = _ended(view, "the scheduler does not know the job any more")
         elif job.state in (JobState.DONE, JobState.FAILED):
             decision = _ended(view, f"the job is {job.raw_state}")
@@ -167,33 +179,40 @@ def decide(snapshot: Snapshot, config: Config) -> tuple[Decision, ...]:
         else:
             decision = _running(view, job, snapshot, config)
         decisions.append(_unless_done(decision, snapshot))
-    return tuple(_one_for_each_node(decisions))
+    return tuple(_unless_too_many(_one_for_each_node(decisions), snapshot, config))
 
 
 def suspects(
-    leases: Iterable[LeaseView], jobs: Iterable[SchedulerJob], nodes: Iterable[SchedulerNode], config: Config
+    leases: Iterable[LeaseView],
+    jobs: Iterable[SchedulerJob],
+    nodes: Iterable[SchedulerNode],
+    quiet: Mapping[Lease, float],
+    config: Config,
 ) -> tuple[SchedulerNode, ...]:
     """Return the nodes that have to be asked whether they live, before `decide` can tell.
 
-    They are asked before a lease has run out, so that nothing is left to wait for when it has.
+    They are asked before they have been silent for long enough, so that nothing is left to wait for then.
     """
     known = {job.job_id: job for job in jobs}
-    names = set()
+    late: dict[str, bool] = {}
     for view in leases:
         job = known.get(view.lease.job.job_id)
-        if (
-            job is not None
-            and job.state is JobState.RUNNING
-            and _is_run_of(view, job)
-            and is_late(view, config)
-        ):
-            names.add(view.lease.node)
-    return tuple(node for node in nodes if node.name in names and node.up)
+        if job is not None and job.state is JobState.RUNNING and _is_run_of(view, job):
+            late.setdefault(view.lease.node, True)
+            late[view.lease.node] &= is_late(view.lease, quiet, config)
+    return tuple(node for node in nodes if late.get(node.name) and node.up)
 
 
-def is_late(view: LeaseView, config: Config) -> bool:
-    """Whether a lease should have been renewed by now, though it may not have run out yet."""
-    return view.age > (config.lease.renew + config.lease.ttl) / 2
+def is_late(lease: Lease, quiet: Mapping[Lease, float], config: Config) -> bool:
+    """Whether a lease should have been renewed by now, though its node may not have been silent for long."""
+    return not lease.is_fence and quiet.get(lease, 0.0) > _MISSED_BEATS * config.lease.renew
+
+
+def _fence(view: LeaseView) -> Decision:
+    run = Run(view.lease.job.job_id, view.lease.epoch)
+    if view.age <= _LEASE_KEPT:
+        return Leave(run, "the run before is known to have been lost")
+    return DropLease(view.lease, "the run before was lost, and the job does not wait for a node any more")
 
 
 def _is_run_of(view: LeaseView, job: SchedulerJob) -> bool:
@@ -207,8 +226,15 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         return Leave(run, f"the lease is of run {lease.epoch}; run {job.epoch} has none yet")
     if lease.node not in job.nodes:
         return Leave(run, f"the lease is from {lease.node}, where the scheduler does not run the job")
-    if view.age <= config.lease.ttl:
-        return Leave(run, f"the lease runs {config.lease.ttl - view.age:.0f} s more")
+    quiet, silent = snapshot.quiet.get(lease, 0.0), config.watcher.silent
+    if quiet <= silent:
+        return Leave(run, "its manager is heard")
+    around = min(
+        snapshot.quiet.get(view.lease, 0.0) for view in snapshot.leases if view.lease.node == lease.node
+    )
+    if around <= silent:
+        # Another manager there is heard, so the machine lives.
+        return Leave(run, "manager silent, node alive", "manager-silent" if quiet > config.lease.ttl else "")
     node = next((node for node in snapshot.nodes if node.name == lease.node), None)
     if node is None:
         return Leave(run, f"the scheduler knows no node {lease.node}")
@@ -220,12 +246,14 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if probe.answered:
         # One answer may come in the very cycle in which the store is back and every lease still looks old.
         return Leave(
-            run, "manager silent, node alive", "manager-silent" if probe.times >= _SILENT_CYCLES else ""
+            run,
+            "manager silent, node alive",
+            "manager-silent" if probe.times >= _SILENT_CYCLES and quiet > config.lease.ttl else "",
         )
     if probe.times < _SILENT_CYCLES:
         return Leave(run, f"{node.name} did not answer once; it is asked again")
     reason = (
-        f"no lease was renewed there for {view.age:.0f} s, "
+        f"no heartbeat came from there for {quiet:.1f} s, "
         f"and there is no answer from {node.address} port {node.port} in {_SILENT_CYCLES} tries"
     )
     if not config.watcher.mark_down:
@@ -251,9 +279,13 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     for name, since in excluded.items():
         if name in job.excluded and snapshot.now - since >= config.watcher.exclude:
             return Readmit(job, name, f"the job was kept away from {name} for {config.watcher.exclude} s")
-    if view.lease.epoch >= job.epoch:
+    lost = Run(job.job_id, job.epoch - 1)
+    marked = next((one.node for one in snapshot.done if one.event == MarkDown.event and one.run == lost), "")
+    if view.lease.is_fence:
+        node = marked
+    elif view.lease.epoch >= job.epoch:
         return Leave(run, "the lease is not of an earlier run")
-    if view.age >= config.watcher.exclude or not _was_lost_on(node, view.lease, snapshot):
+    if view.age >= config.watcher.exclude or not (node and (marked == node or _is_gone(node, snapshot))):
         return Leave(run, "the job waits for a node")
     if node in excluded or node in job.excluded:
         return Leave(run, f"the job waits for a node other than {node}")
@@ -262,12 +294,9 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     return Exclude(job, node, f"the job was lost on {node} {view.age:.0f} s ago")
 
 
-def _was_lost_on(node: str, lease: Lease, snapshot: Snapshot) -> bool:
-    """Whether it was the node that ended this lease's run, and not a person who had the job requeued."""
-    run = Run(lease.job.job_id, lease.epoch)
-    return any(done.event == MarkDown.event and done.run == run for done in snapshot.done) or any(
-        known.name == node and not (known.up and known.responding) for known in snapshot.nodes
-    )
+def _is_gone(node: str, snapshot: Snapshot) -> bool:
+    """Whether a run ended with its node, and not since a person had the job requeued."""
+    return any(known.name == node and not (known.up and known.responding) for known in snapshot.nodes)
 
 
 def _excluded_by_us(job_id: str, done: Iterable[Done]) -> dict[str, float]:
@@ -303,6 +332,23 @@ def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
         if ago < _REFUSED_FOR:
             return Leave(one.run, f"refused {ago:.0f} s ago; asked again later")
     return decision
+
+
+def _unless_too_many(
+    decisions: Iterable[Decision], snapshot: Snapshot, config: Config
+) -> Iterable[Decision]:
+    """Where most nodes fall silent at once, believe that they are dead only after a longer silence."""
+    decisions = list(decisions)
+    marks = [one for one in decisions if isinstance(one, MarkDown)]
+    nodes = {view.lease.node for view in snapshot.leases if not view.lease.is_fence}
+    many = len(marks) >= _MANY_NODES and 2 * len(marks) > len(nodes)
+    quiet = {view.lease.node: snapshot.quiet.get(view.lease, 0.0) for view in snapshot.leases}
+    for one in decisions:
+        if many and isinstance(one, MarkDown) and quiet[one.node] <= _MANY_TIMES * config.watcher.silent:
+            why = f"{one.node}: {one.reason}; but {len(marks)} of {len(nodes)} nodes fell silent at once"
+            yield from (Leave(run, why) for run in one.runs)
+        else:
+            yield one
 
 
 def _one_for_each_node(decisions: Iterable[Decision]) -> Iterable[Decision]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import select
 import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from outlast.config import Config
-from outlast.model import JobKey, JobState, LeaseView, SchedulerJob, SchedulerNode
+from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
 from outlast.scheduler import Scheduler, SchedulerRefused
 from outlast.store import Store
 from outlast.watcher.decisions import (
@@ -30,11 +31,19 @@ from outlast.watcher.decisions import (
     is_late,
     suspects,
 )
+from outlast.watcher.hearing import Hearing
 from outlast.watcher.probe import Prober
 
 log = logging.getLogger(__name__)
 
 STREAM = "watcher"
+
+T = TypeVar("T")
+
+# How much the scheduler is asked at once, and how often in one cycle: slurmctld holds its locks meanwhile.
+_NODES_AT_ONCE = 512
+_JOBS_AT_ONCE = 256
+_CALLS_AT_ONCE = 8
 
 # Seconds until the scheduler is looked at again where nothing gives cause to: a lease that has not run out
 # says that its job runs, and a query for all jobs each second would be a load on the scheduler.
@@ -66,7 +75,10 @@ class Loop:
         self._config = config
         self._scheduler = scheduler
         self._store = store
-        self._prober = Prober(config.watcher.cycle)
+        # Each question takes up to half a second already, so two in a row are two.
+        self._prober = Prober(0.0)
+        self._hearing = Hearing()
+        self._fences: dict[Lease, float] = {}  # until when they stand (time.monotonic())
         self._done: list[Done] = []
         self._recalled: set[str] = set()
         self._unsaid: list[tuple[JobKey, Mapping[str, Any]]] = []
@@ -74,7 +86,7 @@ class Loop:
         self._looked = -_LOOK_SECONDS
         self.leases: tuple[LeaseView, ...] = ()
 
-    def cycle(self, *, look: bool = False) -> tuple[Decision, ...]:
+    def cycle(self, *, look: bool = False, again: bool = False) -> tuple[Decision, ...]:
         """Look once, decide, and act. *look*: ask the scheduler even where no lease gives cause to.
 
         Raises:
@@ -82,7 +94,8 @@ class Loop:
                 decided, and what was seen of silent nodes is forgotten.
         """
         try:
-            self.leases = tuple(self._store.leases(self._config.cluster))
+            self._listen()
+            self._lift_fences()
             self._say()
             if not self.leases or not (look or self._cause_to_look()):
                 self._prober.forget()
@@ -93,36 +106,46 @@ class Loop:
                 decisions = decide(self._with_done(snapshot), self._config)
         except BaseException:
             self._prober.forget()
+            self._hearing.forget()
             raise
         for decision in decisions:
             if isinstance(decision, Leave):
                 log.debug("job %s: %s", decision.run.job_id, decision.reason)
                 if decision.tell:
                     self._record(decision.tell, (decision.run,), decision.reason)
-            else:
-                self._act(decision)
+        self._act(decisions)
         self._settle(snapshot, decisions)
         self._say()
+        if any(isinstance(decision, MarkDown) for decision in decisions) and not again:
+            # The jobs are pending now, and would wait for the next cycle to be sent elsewhere.
+            return decisions + self.cycle(look=True, again=True)
         return decisions
+
+    def _listen(self) -> None:
+        self.leases = tuple(self._store.leases(self._config.cluster))
+        self._hearing.hear(self.leases, time.monotonic())
 
     def _cause_to_look(self) -> bool:
         if time.monotonic() - self._looked >= _LOOK_SECONDS:
             return True
         return any(
-            is_late(view, self._config) and Run(view.lease.job.job_id, view.lease.epoch) not in self._settled
+            is_late(view.lease, self._hearing.quiet, self._config)
+            and Run(view.lease.job.job_id, view.lease.epoch) not in self._settled
             for view in self.leases
         )
 
     def _observe(self) -> Snapshot:
         jobs, nodes = self._look()
-        asked = suspects(self.leases, jobs, nodes, self._config)
+        asked = suspects(self.leases, jobs, nodes, self._hearing.quiet, self._config)
         probes = self._prober.ask(asked)
         if asked:
-            # A silent node took a second, in which a job may have been requeued or a lease renewed.
-            self.leases = tuple(self._store.leases(self._config.cluster))
+            # A silent node took a while, in which a job may have been requeued or a lease renewed.
+            self._listen()
             jobs, nodes = self._look()
         self._forget_gone(jobs)
-        return Snapshot(time.time(), self.leases, jobs, nodes, probes, tuple(self._done))
+        return Snapshot(
+            time.time(), self.leases, jobs, nodes, probes, tuple(self._done), dict(self._hearing.quiet)
+        )
 
     def _look(self) -> tuple[tuple[SchedulerJob, ...], tuple[SchedulerNode, ...]]:
         jobs, nodes = self._scheduler.jobs(), self._scheduler.nodes()
@@ -130,7 +153,7 @@ class Loop:
         return jobs, nodes
 
     def _with_done(self, old: Snapshot) -> Snapshot:
-        return Snapshot(old.now, old.leases, old.jobs, old.nodes, old.probes, tuple(self._done))
+        return dataclasses.replace(old, done=tuple(self._done))
 
     def _forget_gone(self, jobs: tuple[SchedulerJob, ...]) -> None:
         known = {job.job_id for job in jobs} | {view.lease.job.job_id for view in self.leases}
@@ -164,26 +187,67 @@ class Loop:
         self._done = found + self._done
         return bool(found)
 
-    def _act(self, decision: Action) -> None:
-        """Do one thing; each of them may be done twice without harm."""
+    def _act(self, decisions: tuple[Decision, ...]) -> None:
+        """Do what was decided, all of a kind at once; each thing may be done twice without harm.
+
+        What would be more than the scheduler should be asked in one cycle is left to the next, in which it is
+        decided again.
+        """
+        marks = [one for one in decisions if isinstance(one, MarkDown)]
+        for some in _batches(marks, _NODES_AT_ONCE):
+            why = some[0].reason if len(some) == 1 else f"no heartbeat from {len(some)} nodes, and no answer"
+            self._do(some, lambda some=some, why=why: self._mark_down(some, why))  # type: ignore[misc]
+        if marks:
+            self._put_up_fences(marks)
+        moves: dict[tuple[str, ...], list[Exclude | Readmit]] = {}
+        for one in decisions:
+            if isinstance(one, Exclude | Readmit):
+                kind = ("now",) if isinstance(one, Exclude) else ("later",)
+                moves.setdefault((*kind, *_kept_from(one)), []).append(one)
+        calls = [(key, some) for key, all in moves.items() for some in _batches(all, _JOBS_AT_ONCE)]
+        for (when, *nodes), moved in calls[:_CALLS_AT_ONCE]:
+            handles = [one.job.handle for one in moved]
+            self._do(moved, lambda h=handles, n=nodes, w=when: self._scheduler.exclude(h, n, at_once=w == "now"))  # type: ignore[misc]
+        for one in [one for one in decisions if isinstance(one, Requeue)][:_CALLS_AT_ONCE]:
+            self._do([one], lambda one=one: self._scheduler.requeue(one.job.handle))  # type: ignore[misc]
+        for one in decisions:
+            if isinstance(one, DropLease):
+                self._do([one], lambda one=one: self._store.drop_lease(one.lease))  # type: ignore[misc]
+
+    def _do(self, decisions: Sequence[Action], act: Callable[[], None]) -> None:
         try:
-            match decision:
-                case MarkDown():
-                    self._scheduler.mark_down(decision.node, f"outlast: {decision.reason}")
-                case Requeue():
-                    self._scheduler.requeue(decision.job.handle)
-                case Exclude():
-                    nodes = {*decision.job.excluded, decision.node}
-                    self._scheduler.exclude(decision.job.handle, sorted(nodes))
-                case Readmit():
-                    nodes = {*decision.job.excluded} - {decision.node}
-                    self._scheduler.exclude(decision.job.handle, sorted(nodes))
-                case DropLease():
-                    self._store.drop_lease(decision.lease)
+            act()
         except SchedulerRefused as error:
-            self._record(decision.event, decision.runs, f"refused: {error}", decision.node, refused=True)
+            for one in decisions:
+                self._record(one.event, one.runs, f"refused: {error}", one.node, refused=True)
         else:
-            self._record(decision.event, decision.runs, decision.reason, decision.node)
+            for one in decisions:
+                self._record(one.event, one.runs, one.reason, one.node)
+
+    def _mark_down(self, marks: Sequence[MarkDown], why: str) -> None:
+        self._scheduler.mark_down([one.node for one in marks], f"outlast: {why}")
+
+    def _put_up_fences(self, marks: Sequence[MarkDown]) -> None:
+        """Let the next runs of lost jobs begin when those that were lost must have been stopped.
+
+        A run that the scheduler still has go on may have its word for it, so it gets no fence: the run after it
+        waits for itself.
+        """
+        jobs = {job.job_id: job for job in self._scheduler.jobs()}
+        lost = {run for one in marks for run in one.runs}
+        until = time.monotonic() + self._config.lease.ttl
+        for view in self.leases:
+            lease = view.lease
+            job = jobs.get(lease.job.job_id)
+            if Run(lease.job.job_id, lease.epoch) in lost and job is not None and job.epoch > lease.epoch:
+                self._store.renew_lease(lease.fence())
+                self._store.drop_lease(lease)
+                self._fences[lease.fence()] = until
+
+    def _lift_fences(self) -> None:
+        for fence in [fence for fence, until in self._fences.items() if time.monotonic() >= until]:
+            self._store.drop_lease(fence)
+            del self._fences[fence]
 
     def _record(
         self, event: str, runs: tuple[Run, ...], reason: str, target: str = "", *, refused: bool = False
@@ -217,6 +281,15 @@ class Loop:
             job, entry = self._unsaid[0]
             self._store.append_events(job, STREAM, [entry])
             del self._unsaid[0]
+
+
+def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _kept_from(one: Exclude | Readmit) -> list[str]:
+    excluded = {*one.job.excluded}
+    return sorted(excluded | {one.node} if isinstance(one, Exclude) else excluded - {one.node})
 
 
 def _done(job_id: str, event: Mapping[str, Any]) -> Done:

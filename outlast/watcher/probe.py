@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from outlast.model import SchedulerNode
 from outlast.watcher.decisions import Probe
 
-ANSWER_SECONDS = 1.0
+ANSWER_SECONDS = 0.5
 
 # So many at once: each takes a file descriptor, of which a process has 1024 unless told otherwise.
 _AT_ONCE = 256

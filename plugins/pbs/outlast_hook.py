@@ -1,7 +1,7 @@
 """The PBS hook of Outlast: jobs that ask for checkpoints run in a capsule, under a manager of their own.
 
 PBS imports this one file into its own Python, on the server (queuejob, modifyjob) and on the hosts
-(execjob_launch, execjob_epilogue, execjob_end, exechost_startup), so it needs nothing but the standard
+(execjob_launch, execjob_epilogue, exechost_startup), so it needs nothing but the standard
 library; the work is done by the installed product, which it calls by absolute path. docs/install-pbs.md.
 
 Nothing in here can end a job. A hook that raises, or runs into its alarm, in execjob_launch kills the job
@@ -96,8 +96,7 @@ def queue(event, settings):
         raise Refused(
             "outlast: a job on several hosts cannot be checkpointed; ask for one chunk, or add -l place=pack"
         )
-    variables[INTERVAL] = interval
-    job.Variable_List = variables
+    variables[INTERVAL] = interval  # in place: the list as a whole cannot be set
     if "=" in checkpoint:
         # Outlast keeps the time: MoM's own timer is off by up to two minutes, and ties the job to its host.
         job.Checkpoint = pbs.checkpoint(checkpoint[0])
@@ -109,19 +108,17 @@ def modify(event, settings):
     if job.Checkpoint is None:
         return
     checkpoint = str(job.Checkpoint)
-    variables = job.Variable_List if job.Variable_List is not None else before.Variable_List
-    variables = dict(variables) if variables is not None else {}
-    had = variables.pop(INTERVAL, None)
-    interval = interval_of(checkpoint, variables, settings)
+    had = before.Variable_List[INTERVAL] if _asked(before) else None
+    interval = interval_of(checkpoint, {}, settings)
     if int(before.job_state) == _RUNNING:
         if had is None and interval is not None:
             raise Refused("outlast: the job was started without checkpoints, and can have none before its next run")
         if had is not None:
             command = [settings["outlast"], "hook", "pbs-interval"]
             _start(command, OUTLAST_JOB_ID=directory_name(str(before.id)), OUTLAST_INTERVAL=interval or "never")
-    if interval is not None:
-        variables[INTERVAL] = interval
-        job.Variable_List = pbs.pbs_env(variables) if hasattr(pbs, "pbs_env") else variables
+        # The variables of a running job are fixed; its next run finds what stands in Checkpoint.
+    elif interval is not None:
+        job.Variable_List[INTERVAL] = interval
         if "=" in checkpoint:
             job.Checkpoint = pbs.checkpoint(checkpoint[0])
 
@@ -177,7 +174,12 @@ def _facts(job, environment, name, settings):
 
 
 def epilogue(event, settings):
-    """Have a job run again that was held, or could not be brought back: in this event it is deterministic."""
+    """Have a job run again that was held, or could not be brought back: in this event it is deterministic.
+
+    The manager, too, is told of the end from here, and not from execjob_end: MoM runs that event beside a
+    checkpoint_abort, and if the job's obit is quicker, the server waits for MoM for ever, the job in state E.
+    Source: OpenPBS 23.06, src/resmom/requests.c, post_chkpt() and req_deletejob(): BG_CHECKPOINT_ABORT.
+    """
     job = event.job
     name, status = directory_name(str(job.id)), int(job.Exit_status) if job.Exit_status is not None else 0
     path = os.path.join(settings["runtime"], name)
@@ -190,6 +192,8 @@ def epilogue(event, settings):
         why = "its host went down, and came back"
     elif _asked(job) and status == _TEMPORARY_FAILURE and int(job.run_version) > 1 and not os.path.exists(path):
         why = "there was no manager to bring it back"
+    if os.path.exists(path):
+        _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)
     if why is None:
         return
     if why != "held" and int(job.run_count) >= int(settings["reruns"]):
@@ -201,13 +205,6 @@ def epilogue(event, settings):
 
 def _asked(job):
     return job.Variable_List is not None and INTERVAL in job.Variable_List
-
-
-def end(event, settings):
-    """Tell the manager that the job is over on this host."""
-    name = directory_name(str(event.job.id))
-    if os.path.exists(os.path.join(settings["runtime"], name)):
-        _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)
 
 
 def startup(_event, settings):
@@ -270,7 +267,6 @@ def main():
         pbs.MODIFYJOB: modify,
         pbs.EXECJOB_LAUNCH: launch,
         pbs.EXECJOB_EPILOGUE: epilogue,
-        pbs.EXECJOB_END: end,
         pbs.EXECHOST_STARTUP: startup,
     }
     refusal = None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from criu_backend import Capsule, Context, Criu, DumpResult, put_back, start_capsule
+from criu_backend import Capsule, Context, Criu, DumpResult, PageServer, put_back, start_capsule
 from tests.criu.waiting import eventually
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
@@ -55,6 +55,7 @@ class Peer:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
 
+        self._handed_over = False
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with mine:
             self.process = subprocess.Popen(
@@ -81,8 +82,10 @@ class Peer:
         return line.decode().strip()
 
     def hand_over(self) -> None:
-        """Close this process's copies of the descriptors that a capsule has by now."""
-        with contextlib.suppress(OSError):
+        """Close this process's copies of the descriptors that a capsule has by now; once is enough."""
+        if not self._handed_over:
+            # A second close would hit whatever has got the same number since.
+            self._handed_over = True
             os.close(self.context.status)
 
     def status(self) -> int:
@@ -219,14 +222,15 @@ class Place:
         *,
         uid: int | None = None,
         inherit: Sequence[tuple[int, str]] = (),
+        pages: PageServer | None = None,
     ) -> Job:
-        """Restore what is in *images*."""
+        """Restore what is in *images*; the memory follows from *pages*, if there is any."""
         peer = peer or self.peer()
         state = self._state()
         version = self.criu.version()
         owner = self.uid if uid is None else uid
         capsule = self.criu.restore(
-            peer.context, images, state, uid=owner, dumped_by=version, inherit=inherit
+            peer.context, images, state, uid=owner, dumped_by=version, inherit=inherit, pages=pages
         )
         return self._job(peer, capsule, state)
 
@@ -263,13 +267,19 @@ class Place:
         self._jobs.append(job)
         return job
 
-    def close(self) -> None:
-        """End everything and see that it has ended."""
+    def end(self) -> None:
+        """End everything that was started, and see that it has ended."""
         for job in self._jobs:
             job.capsule.kill()
             assert job.capsule.wait(_SECONDS)
+        self._jobs.clear()
         for peer in self._peers:
             peer.close()
+        self._peers.clear()
+
+    def close(self) -> None:
+        """End everything, and remove the directory."""
+        self.end()
         for fd in set(self._fds):
             with contextlib.suppress(OSError):
                 os.close(fd)

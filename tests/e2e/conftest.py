@@ -1,4 +1,4 @@
-"""What the tests here share: a cluster that is up, jobs' history beside failures, the figures of the kills."""
+"""What the tests here share: a cluster that is up, jobs' history beside failures, the kills' figures."""
 
 from __future__ import annotations
 

@@ -59,7 +59,10 @@ class Relay:
     def _accept(self) -> None:
         # A namespace is a thread's own: only this one goes there, and a socket stays where it was made.
         libc = ctypes.CDLL(None, use_errno=True)
-        with Path(f"/proc/{self._pid}/ns/net").open() as there, Path("/proc/thread-self/ns/net").open() as here:
+        with (
+            Path(f"/proc/{self._pid}/ns/net").open() as there,
+            Path("/proc/thread-self/ns/net").open() as here,
+        ):
             while True:
                 try:
                     near, _ = self._listener.accept()
@@ -125,7 +128,9 @@ class Launcher:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             sent["Content-Type"] = "application/json"
         sent |= headers or {}
-        connection.request(method, path, body=data, headers={name: text for name, text in sent.items() if text})
+        connection.request(
+            method, path, body=data, headers={name: text for name, text in sent.items() if text}
+        )
         with contextlib.closing(connection):
             answer = connection.getresponse()
             return answer.status, {name.lower(): text for name, text in answer.getheaders()}, answer.read()
@@ -140,7 +145,9 @@ class Launcher:
         """Follow the stream until *until*, called with each event's name and data, is true."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=within)
         with contextlib.closing(connection):
-            connection.request("GET", f"/api/stream?{query}", headers={"Authorization": f"Bearer {self.token}"})
+            connection.request(
+                "GET", f"/api/stream?{query}", headers={"Authorization": f"Bearer {self.token}"}
+            )
             answer = connection.getresponse()
             assert answer.status == 200, answer.read()
             deadline, name = time.monotonic() + within, ""

@@ -71,6 +71,15 @@ def test_checkpoint_takes_one_now_and_names_it(cluster: Cluster) -> None:
     job.cancel()
 
 
+def test_job_takes_its_own_checkpoint_and_goes_on_when_it_is_stored(cluster: Cluster) -> None:
+    job = cluster.submit('outlast checkpoint "$SLURM_JOB_ID"; echo "$?"; sleep 600', checkpoint="1h")
+    job.wait_for_line("0")
+
+    assert job.lines() == [f"{job.id}@0.1", "0"]
+    assert job.checkpoints() == 1
+    job.cancel()
+
+
 @pytest.mark.parametrize("verb", ["list", "events", "checkpoint"])
 def test_job_of_another_user_is_no_job(job: Job, verb: str) -> None:
     before = len(job.history("asked"))

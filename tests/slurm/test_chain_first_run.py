@@ -130,3 +130,15 @@ def test_job_without_the_flag_is_not_touched(cluster: Cluster) -> None:
     assert f"--job {job.id} " not in processes
     assert job.wait_for_end() == ("COMPLETED", "0:0")
     assert cluster.try_on("ctl", "outlast", "events", job.id, user=True).returncode == 64
+
+
+def test_job_that_had_done_its_work_and_is_run_again_begins_on_an_empty_output(cluster: Cluster) -> None:
+    job = cluster.submit('echo "run ${SLURM_RESTART_COUNT:-0}"; sleep 3', checkpoint="1s")
+    assert job.wait_for_end() == ("COMPLETED", "0:0")
+    assert job.checkpoints() >= 1
+    job.requeue()
+    job.wait_for_line("run 1")
+
+    assert job.wait_for_end() == ("COMPLETED", "0:0")
+    assert job.lines() == ["run 1"]
+    assert job.history("restored") == []

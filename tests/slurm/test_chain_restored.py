@@ -19,6 +19,7 @@ until [ -e go ]; do i=$((i+1)); echo "line $i"; sleep 0.2; done
 # Neither SIGTERM nor time ends it: only what Slurm sends after KillWait.
 STUBBORN = COUNT.format(what="trap 'echo told to end' TERM; echo listening; while :; do sleep 0.2; done")
 FAMILY = """
+trap 'echo told' USR1
 setsid sleep 4001 &
 python3 -c 'import time; time.sleep(4002)' &
 env | sort >environment.before
@@ -34,7 +35,8 @@ BEGUN_AGAIN = 'echo "run ${SLURM_RESTART_COUNT:-0}"; sleep 300'
 def jobs(module_cluster: Cluster) -> dict[str, Job]:
     """Six jobs in their second run: five from a checkpoint, one that had none from its beginning."""
     scripts = {
-        "exits 7": COUNT.format(what="exit 7"),
+        # Ends well when it is asked to: it has not done its work for all that.
+        "exits 7": "trap 'exit 0' TERM\n" + COUNT.format(what="exit 7"),
         "dies by a signal": COUNT.format(what="kill -SEGV $$"),
         "is cancelled": STUBBORN,
         "runs out of time": STUBBORN,
@@ -47,6 +49,11 @@ def jobs(module_cluster: Cluster) -> dict[str, Job]:
     together([*jobs.values(), again], Job.requeue)
     together([*jobs.values()], lambda job: job.wait_for("restored", within=60))
     again.wait_for("begun-again", within=60)
+    late = jobs["runs out of time"]
+    late.path("go").touch()
+    late.wait_for_line("listening")
+    # slurmctld looks for those that are late every half minute.
+    module_cluster.on("ctl", "scontrol", "update", f"JobId={late.id}", "EndTime=now+1")
     return jobs | {"begins again": again}
 
 
@@ -66,6 +73,13 @@ def test_no_line_of_the_output_is_lost_or_twice(jobs: dict[str, Job]) -> None:
     assert job.restarts == 1
     assert not [line for line in job.lines() if "REQUEUE" in line]
     assert list(job.path().parent.glob("out.outlast-lost.0*")), "what was cut off is kept beside it"
+
+
+def test_job_that_ended_well_only_because_it_was_asked_to_goes_on(jobs: dict[str, Job]) -> None:
+    ended, restored = jobs["exits 7"].history("ended")[0], jobs["exits 7"].history("restored")[0]
+
+    assert ended.text == "the job ended with exit code 0, having been asked to"
+    assert ended.time < restored.time
 
 
 def test_exit_code_of_a_restored_job_is_slurms(jobs: dict[str, Job]) -> None:
@@ -97,24 +111,20 @@ def test_scancel_reaches_a_restored_job_and_ends_it_after_kill_wait(jobs: dict[s
     assert 3 < time.monotonic() - began < 30, "KillWait is 5 s"
 
 
-def test_time_limit_reaches_a_restored_job(jobs: dict[str, Job]) -> None:
-    job = jobs["runs out of time"]
-    job.path("go").touch()
-    job.wait_for_line("listening")
-    node = job.node
-    job.cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", "EndTime=now+1")
-
-    assert job.wait_for_end(within=90)[0] == "TIMEOUT"
-    assert "told to end" in job.lines()
-    eventually(lambda: not job.cluster.left(node, job.id), within=30, what="nothing left of it")
-
-
 def test_slurm_lists_the_processes_of_a_restored_job(jobs: dict[str, Job]) -> None:
     job = jobs["has a family"]
     commands = list(job.tree().values())
 
     for part in ("outlast-shim", "/slurm_script", "sleep 4001", "time.sleep(4002)"):
         assert [command for command in commands if part in command], f"{part} in {commands}"
+
+
+def test_signal_from_slurm_reaches_a_restored_job(jobs: dict[str, Job]) -> None:
+    job = jobs["has a family"]
+    job.cluster.on("ctl", "scancel", "--batch", "--signal=USR1", job.id, user=True)
+
+    job.wait_for_line("told")
+    assert job.state == "RUNNING"
 
 
 def test_restored_job_keeps_its_environment_and_limits(jobs: dict[str, Job]) -> None:
@@ -133,3 +143,11 @@ def test_job_without_a_checkpoint_begins_again_on_an_empty_output(jobs: dict[str
     job.wait_for_line("run 1")
 
     assert job.lines() == ["run 1"]
+
+
+def test_time_limit_reaches_a_restored_job(jobs: dict[str, Job]) -> None:
+    job = jobs["runs out of time"]
+
+    assert job.wait_for_end(within=90)[0] == "TIMEOUT"
+    assert "told to end" in job.lines()
+    eventually(lambda: not job.cluster.left(job.node, job.id), within=30, what="nothing left of it")

@@ -1,0 +1,115 @@
+"""A job restored by post-copy runs before its memory is there, and computes as if it had been there."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from criu_backend import PageServer, write_eager_pages
+from tests.criu.capsules import Job, Place
+from tests.criu.waiting import eventually, exit_code
+
+pytestmark = pytest.mark.criu
+
+PAGE = 4096
+
+# Holds 64 MiB that it can check, and checks them when told; counts meanwhile.
+HOLDER = """
+    import hashlib
+    block = bytearray(os.urandom(1 << 20) * 64)
+    digest = hashlib.sha256(block).hexdigest()
+    def count():
+        number = 0
+        while True:
+            number += 1
+            ticks[0] = number
+            time.sleep(0.01)
+    ticks = [0]
+    threading.Thread(target=count, daemon=True).start()
+    say("ready")
+    wait("go")
+    say("ticks", ticks[0])
+    say("same" if hashlib.sha256(block).hexdigest() == digest else "DIFFERENT")
+"""
+
+
+class Source:
+    """The pages of a dump, given as slowly as a test wants."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.images = place.images()
+        self.dump = place.criu.dump(job.capsule, self.images, lambda: None, mode="plain")
+        self.runs = {memory.name: [tuple(map(int, run)) for run in memory.runs] for memory in self.dump.memories}
+        self.given = 0
+        self.fail_after = 1 << 60
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def read(self, space: int, vaddr: int, pages: int) -> bytes:
+        self.gate.wait(20)
+        if self.given > self.fail_after:
+            raise OSError("the store is gone")
+        buffer = bytearray(pages * PAGE)
+        for memory in self.dump.memories:
+            try:
+                memory.readinto(space, vaddr, memoryview(buffer))
+            except OSError:
+                continue
+            self.given += pages
+            return bytes(buffer)
+        raise OSError(f"no page at {vaddr:#x}")
+
+
+def restored(place: Place, job: Job, source: Source) -> tuple[Job, PageServer]:
+    """Kill *job* and bring it back in the place of another peer, its pages to follow."""
+    place.lose(job)
+    write_eager_pages(source.images, source.runs, source.read)
+    server = PageServer(source.runs, source.read, place.criu.version())
+    return place.restore(source.images, pages=server), server
+
+
+def test_job_goes_on_and_has_its_memory(place: Place) -> None:
+    job = place.python(HOLDER)
+    job.says("ready")
+    again, server = restored(place, job, Source(job, place))
+
+    assert server.wait(60)
+    assert (server.error, server.complete) == (None, True)
+    place.touch("go")
+    again.says("same")
+    assert exit_code(again.ended()) == 0
+
+
+def test_job_runs_while_most_of_its_memory_is_not_there(place: Place) -> None:
+    job = place.python(HOLDER)
+    job.says("ready")
+    source = Source(job, place)
+    source.gate.set()
+    again, server = restored(place, job, source)
+    source.gate.clear()
+    given = source.given
+
+    place.touch("go")
+    time.sleep(0.2)
+    source.gate.set()
+    again.says("same")
+    assert given < sum(pages for some in source.runs.values() for _, _, pages in some)
+    assert server.wait(60)
+    assert exit_code(again.ended()) == 0
+
+
+def test_failing_store_ends_the_job_before_it_computes_on_zeros(place: Place) -> None:
+    job = place.python(HOLDER)
+    job.says("ready")
+    source = Source(job, place)
+    source.fail_after = 2000
+    again, server = restored(place, job, source)
+
+    assert server.wait(60)
+    assert not server.complete
+    eventually(lambda: not again.capsule.alive, "the capsule has ended")
+    assert again.peer.hears_no_more()
+    assert "DIFFERENT" not in again.said()
+    assert not (again.state / "exit").exists()
