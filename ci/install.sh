@@ -1,10 +1,11 @@
 #!/bin/bash
-# install.sh: installs the Debian packages that the tests need and that are missing. No service is started by
-# that: sshd is needed as a program, not on this machine's port 22.
+# install.sh [PACKAGE...]: installs the Debian packages that the tests need and that are missing, and those that
+# are named. No service is started by that: sshd is needed as a program, not on this machine's port 22.
 set -euo pipefail
 
 packages=(
 	python3 python3-venv gcc libc6-dev make git openssh-client openssh-server openssh-sftp-server shellcheck
+	"$@"
 )
 policy=/usr/sbin/policy-rc.d
 

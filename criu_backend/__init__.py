@@ -24,9 +24,9 @@ __all__ = [
     "error_from_log",
     "known_self_test",
     "put_back",
-    "write_eager_pages",
     "pycriu_version",
     "restore_capsule",
     "self_test",
     "start_capsule",
+    "write_eager_pages",
 ]

@@ -18,7 +18,8 @@ class ImageError(Exception):
         super().__init__(message)
         self.hint = hint
 
-# Source: CRIU, criu/include/rst_info.h or pstree.h, TASK_DEAD.
+
+# Source: CRIU, criu/include/image.h, TASK_DEAD.
 _TASK_DEAD = 2
 
 

@@ -192,8 +192,18 @@ def _run(args: argparse.Namespace) -> None:
         )
     if args.store is not None and "://" not in args.store:
         Path(args.store).mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_key(config.store.key)
     name = args.name or f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
     hooks.run_standalone(args.config, config.store.url, name, args.interval, command, first=args.name is None)
+
+
+def _make_key(path: Path) -> None:
+    """See to it that there is a key to encrypt checkpoints with, and say so where one had to be made."""
+    from outlast.store import add_key
+
+    if not path.exists():
+        add_key(path)
+        print(f"outlast: made {path}: keep a copy, without it no checkpoint can be read", file=sys.stderr)
 
 
 def _manager(args: argparse.Namespace) -> None:
@@ -231,6 +241,13 @@ def _launcher(args: argparse.Namespace) -> None:
         token_file=args.token_file,
     )
     launcher.serve(config, options, lambda line: print(line, flush=True))
+
+
+def _store(args: argparse.Namespace) -> None:
+    """Make the key of the checkpoint store; check, tidy and measure it (for root on a node)."""
+    from outlast import storekeeper
+
+    storekeeper.run(_config(args), args)
 
 
 def _hook(args: argparse.Namespace) -> None:
@@ -338,11 +355,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("launcher", _launcher)
     sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
     sub.add_argument("--port", type=int, default=0, help="and at this port: any that is free")
-    sub.add_argument("--socket", type=Path, metavar="PATH", help="listen at a UNIX socket instead, for a proxy")
-    sub.add_argument("--origin", metavar="URL", help="the reverse proxy's own address: https://ood.example.org")
+    sub.add_argument("--socket", type=Path, metavar="PATH", help="or at this UNIX socket, for a proxy")
+    sub.add_argument("--origin", metavar="URL", help="the proxy's own address: https://ood.example.org")
     sub.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate")
     sub.add_argument("--tls-key", type=Path, metavar="FILE", help="and this key")
     sub.add_argument("--token-file", type=Path, metavar="FILE", help="take the token from here, print none")
+    storekeeper.add_verbs(verb("store", _store))
     sub = verb("manager", _manager, shown=False)
     sub.add_argument("--job", required=True)
     sub.add_argument("--uid", type=int)

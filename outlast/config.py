@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import socket
 import tomllib
 import types
@@ -13,6 +14,7 @@ from typing import Any
 from outlast.errors import ConfigError, OutlastError
 from outlast.model import parse_interval
 
+_SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)")
 DEFAULT_PATH = Path("/etc/outlast/outlast.toml")
 
 
@@ -26,12 +28,22 @@ class StoreConfig:
     url: str = ""
     identity: Path = Path("/etc/outlast/store.key")
     known_hosts: Path = Path("/etc/outlast/known_hosts")
+    key: Path = Path("/etc/outlast/data.key")  # what checkpoints are encrypted with; read by root, on nodes
+    quota: str = ""  # what a job may have in the store, such as "50G"; "" is any amount
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
-    transport: str = "paramiko"  # or "openssh", or "auto": what speaks SSH; auto takes OpenSSH where it is
+    transport: str = "auto"  # what speaks SSH: "openssh", its client, or "paramiko"; auto: ssh if there is one
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
             raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
+        if _SIZE.fullmatch(self.quota or "0") is None:
+            raise ValueError(f'quota = "{self.quota}": must be a whole number and K, M, G or T: "50G"')
+
+    @property
+    def quota_bytes(self) -> int:
+        """*quota* in bytes; 0 for any amount."""
+        number, unit = (self.quota or "0").rstrip("KMGT"), self.quota.lstrip("0123456789")
+        return int(number) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +53,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints of a job that are kept in the store
     criu: str = "criu"
     tcp: str = "established"
-    mode: str = "plain"  # how a job's memory is written: see docs/checkpoints.md
+    mode: str = "auto"  # how memory is saved: "auto", "forked", "lazy" or "plain", see docs/adr/0010-forked-checkpoints.md
     spool: Path = Path("/run/outlast/jobs")
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from criu_backend import Criu, CriuError, pycriu_version
 from outlast import control
 from outlast.config import Config, read_config
 from outlast.errors import ConfigError, OutlastError
-from outlast.store import open_store
+from outlast.store import open_store, read_keyring
 
 _SHIM = Path("/usr/libexec/outlast/outlast-shim")
 _HELPER = Path("/usr/libexec/outlast/outlast-capsule")
@@ -97,6 +97,7 @@ def _node(config: Config) -> Iterator[Finding]:
             yield Finding("FAIL", "kernel", str(error), "'criu check --all' says what the kernel lacks")
         else:
             yield Finding("ok", "kernel", f"{os.uname().release}: criu check is content")
+    yield _data_key(config)
     for program in (_SHIM, _HELPER):
         if os.access(program, os.X_OK):
             yield Finding("ok", program.name, str(program))
@@ -108,6 +109,16 @@ def _node(config: Config) -> Iterator[Finding]:
     fact = f"{free >> 20} MiB free at {place}; an image waits there until it is shipped"
     remedy = "make room there, or set spool under [checkpoint]"
     yield Finding("ok", "spool", fact) if free >= _LEAST_SPOOL else Finding("warn", "spool", fact, remedy)
+
+
+def _data_key(config: Config) -> Finding:
+    try:
+        keyring = read_keyring(config.store.key)
+    except ConfigError as error:
+        return Finding("FAIL", "data key", str(error), error.hint or "all nodes need the same key file")
+    older = len(keyring.keys) - 1
+    fact = f"{config.store.key}: {keyring.newest} encrypts" + (f", {older} older can be read" if older else "")
+    return Finding("ok", "data key", fact)
 
 
 def _slurm(scontrol: str, config: Config) -> Iterator[Finding]:

@@ -114,16 +114,26 @@ class Lease:
 
     @property
     def is_fence(self) -> bool:
-        """Whether nobody holds it: it keeps run *epoch* from beginning before the run before it has ended."""
-        return self.node == FENCE_NODE
+        """Whether nobody holds it: it tells that the run before was lost, and when *epoch* may begin."""
+        return self.node in (FENCE_NODE, LIFTED_NODE)
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether it is a fence that keeps nobody out any more."""
+        return self.node == LIFTED_NODE
 
     def fence(self) -> Lease:
         """Return the fence between this run and the next."""
         return Lease(self.job, self.epoch + 1, FENCE_NODE, self.uid)
 
+    def lifted(self) -> Lease:
+        """Return what this fence becomes when the next run may begin."""
+        return Lease(self.job, self.epoch, LIFTED_NODE, self.uid)
 
-# No host is called so. A lease of this node is a fence: see `Lease.is_fence`.
+
+# No host is called so: a lease of such a node is a fence.
 FENCE_NODE = "_"
+LIFTED_NODE = "_lifted"
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,8 @@ class SchedulerJob:
     """One job as the scheduler tells it.
 
     *epoch* is the restart count, *excluded* the nodes that the job must not have, *required* those that it
-    must have. *handle* is what the scheduler's commands call this one job: an array's first task shares its
+    must have. *begin* is before when a pending job must not start (Unix time; 0 where there is no such time).
+    *handle* is what the scheduler's commands call this one job: an array's first task shares its
     id with the whole array, so there it is `17_1`.
     """
 
@@ -158,6 +169,7 @@ class SchedulerJob:
     required: tuple[str, ...] = ()
     requeueable: bool = True
     handle: str = ""
+    begin: float = 0.0
 
 
 @dataclass(frozen=True)

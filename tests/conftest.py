@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from outlast.config import StoreConfig
+from outlast.store import add_key
 
 Need = Callable[[str, "str | None"], None]
 StartSshd = Callable[..., "SshServer"]
@@ -48,9 +49,12 @@ class SshServer:
         self._home = home
         self._chroot = chroot
         self._server: subprocess.Popen[bytes] | None = None
+        self.transport = "auto"  # by which `config` has it spoken to
         self.key = home / "user"
         self.host_key = home / "host.pub"
         self.known_hosts = home / "known_hosts"
+        self.data_key = home / "data.key"
+        add_key(self.data_key)
         self.served = home / "served" if chroot is None else chroot / "served"  # as this machine sees it
         self.served.mkdir(mode=0o700)
         for name in ("host", "user"):
@@ -82,7 +86,14 @@ class SshServer:
 
     def config(self, directory: Path, timeout: float = 20.0) -> StoreConfig:
         """The configuration of a store in *directory*."""
-        return StoreConfig(self.url(directory), self.key, self.known_hosts, timeout)
+        return StoreConfig(
+            self.url(directory),
+            self.key,
+            self.known_hosts,
+            key=self.data_key,
+            timeout=timeout,
+            transport=self.transport,
+        )
 
     def start(self) -> None:
         """Start it, at the same port each time, and wait until it listens."""

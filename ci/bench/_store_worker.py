@@ -1,7 +1,7 @@
 """The side of the store benchmark that runs Outlast itself, in a Python that has its dependencies.
 
 Reads one JSON object a line, {"do": "publish", "images": DIRECTORY, "sequence": N}, {"do": "fetch", "sequence": N,
-"into": DIRECTORY} or {"do": "connect"}, and answers each by one: seconds, cpu (seconds of this process and of the
+"into": DIRECTORY}, {"do": "connect"} or {"do": "changed", "old": DIRECTORY, "new": DIRECTORY}, and answers each by one: seconds, cpu (seconds of this process and of the
 ssh that it started), bytes (added to the store), anonymous (largest anonymous memory, bytes, so far). The store
 stays open in between, as the manager of a job has it; {"do": "close"} ends the connection.
 """
@@ -17,13 +17,19 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import xxhash
+import zstandard
 
 from criu_backend._memory import take_pages
 from outlast.config import StoreConfig
 from outlast.model import CheckpointId, JobKey
 from outlast.store import Store, open_store
+
+_PAGE = 4096
 
 
 class Worker:
@@ -69,13 +75,39 @@ class Worker:
         self._store.fetch(self._job, CheckpointId(1, sequence), into)
         return 0
 
+    def changed(self, old: Path, new: Path) -> int:
+        """Return the bytes of the pages of *new* that *old* has not, in zstd frames of 256 KiB.
+
+        Pages of zeros do not count; a page that *old* has elsewhere does not, nor the second of two alike.
+        """
+        seen = {*(hash_ for _, hash_ in _pages(old)), xxhash.xxh3_128_digest(bytes(_PAGE))}
+        fresh = []
+        for page, hash_ in _pages(new):
+            if hash_ not in seen:
+                seen.add(hash_)
+                fresh.append(page)
+        compressor = zstandard.ZstdCompressor(level=1)
+        return sum(
+            len(compressor.compress(b"".join(fresh[start : start + 64]))) for start in range(0, len(fresh), 64)
+        )
+
     def do(self, request: dict[str, Any]) -> int:
         """Do what *request* asks for."""
         if request["do"] == "publish":
             return self.publish(Path(request["images"]), request["sequence"])
         if request["do"] == "fetch":
             return self.fetch(request["sequence"], Path(request["into"]))
+        if request["do"] == "changed":
+            return self.changed(Path(request["old"]), Path(request["new"]))
         return self.connect() if request["do"] == "connect" else self.close()
+
+
+def _pages(images: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield every page of the memory in *images*, and its hash."""
+    for path in sorted(images.glob("pages-*.img")):
+        with path.open("rb") as file:
+            while page := file.read(_PAGE):
+                yield page, xxhash.xxh3_128_digest(page)
 
 
 def cpu_seconds() -> float:

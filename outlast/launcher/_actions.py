@@ -29,11 +29,6 @@ class Actions:
             "cancel": self._cancel,
         }
 
-    @property
-    def names(self) -> list[str]:
-        """The actions that there are."""
-        return list(self._table)
-
     async def act(self, name: str, job_id: str) -> str:
         """Do the action *name*; return what was done, for the one who asked.
 

@@ -17,6 +17,7 @@ from outlast.launcher._slurm import Job, Slurm
 log = logging.getLogger(__name__)
 
 _SECONDS = 1.5  # between two looks, while somebody looks; more where a look takes long
+_LONGEST = 15.0
 _KEPT = 2000  # jobs that Slurm has forgotten and that are still shown
 _NOTES = 200  # per job
 
@@ -62,7 +63,7 @@ class Board:
         return self._rows.get(job_id)
 
     def since(self, mark: str) -> dict[str, Any]:
-        """Return the rows that have changed since *mark*, which an earlier answer holds; all, if it is old."""
+        """Return the rows that have changed since *mark*, which an earlier answer held, or all of them."""
         instance, _, number = mark.partition(".")
         known = int(number) if instance == self._instance and number.isascii() and number.isdigit() else -1
         return {
@@ -115,10 +116,10 @@ class Board:
             if self._viewers:
                 await self._look()
             took = time.monotonic() - begin
-            # Ten times as long as a look takes: a large cluster's controller has other things to do.
+            # A large cluster's controller has other things to do than to answer this.
             self._pressed.clear()
             try:
-                async with asyncio.timeout(max(_SECONDS, 10 * took) if self._viewers else None):
+                async with asyncio.timeout(max(_SECONDS, min(3 * took, _LONGEST)) if self._viewers else None):
                     await self._pressed.wait()
             except TimeoutError:
                 continue

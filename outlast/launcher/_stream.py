@@ -6,8 +6,8 @@ Source of the form: https://html.spec.whatwg.org/multipage/server-sent-events.ht
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -17,7 +17,7 @@ from outlast.launcher._output import Follower
 
 _EVENTS_SECONDS = 1.0
 _OUTPUT_SECONDS = 0.3
-_PING_SECONDS = 15.0
+_PING_SECONDS = 5.0
 _BATCH = 1000  # events in one message
 _WAITING = 64  # messages that a slow page may be behind
 
@@ -82,6 +82,7 @@ class Stream:
         while True:
             answer: list[dict[str, Any]] = []
             problem = None
+            begin = time.monotonic()
             row = self._board.row(job_id) or {}
             if row.get("watched"):
                 try:
@@ -107,9 +108,8 @@ class Stream:
                 await self._tell("trouble", {"job": job_id, "text": problem})
             for start in range(0, len(new), _BATCH):
                 await self._tell("events", {"job": job_id, "events": new[start : start + _BATCH]})
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_EVENTS_SECONDS):
-                    await self._board.changed()
+            # A store that is slow is not asked more often for that.
+            await asyncio.sleep(max(_EVENTS_SECONDS, 3 * (time.monotonic() - begin)))
 
     async def _output(self, job_id: str) -> None:
         followers: dict[str, Follower] = {}

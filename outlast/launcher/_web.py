@@ -169,7 +169,7 @@ class Site:
             partitions = [one.__dict__ for one in await self._slurm.partitions()]
         except OutlastError:
             partitions = []  # the field is then for free text
-        return web.json_response({**self._facts, "actions": self._actions.names, "partitions": partitions})
+        return web.json_response({**self._facts, "partitions": partitions})
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         job_id = request.query.get("job") or None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult, put_back
+from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult
 from outlast.config import Config
 from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._events import EventLog
@@ -255,15 +255,17 @@ class Checkpointer:
         overtaken: float,
     ) -> Checkpoint:
         """Publish the checkpoint; while the store does not answer try again until the next one is due."""
-        put_back(result.memories, images)
-        result.close()
         wait = _FIRST_RETRY_SECONDS
         told = False
         while True:
             try:
                 self._launcher.settle(self._run.job, store)
-                checkpoint = store.publish(self._run.job, id_, images, meta)
+                checkpoint = store.publish(self._run.job, id_, images, meta, result.memories)
                 break
+            except StoreRefused:
+                # Older checkpoints make room for this one; the newest stays until it is there.
+                if not store.forget(self._run.job, 1):
+                    raise
             except StoreUnavailable as error:
                 if not told:
                     told = True

@@ -101,6 +101,7 @@ class Manager:
     def run(self) -> None:
         """Serve the job until it has ended and all that belongs to it has been stored."""
         directory = self._settle_in()
+        inherited = self._run  # not what a shim starts as soon as it can connect
         with (directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             shim_listener = control.listen(directory / "shim.sock")
@@ -110,8 +111,8 @@ class Manager:
             threading.Thread(target=control.serve, args=(control_listener, self._handle), daemon=True).start()
             heartbeat = threading.Thread(target=self._heartbeat, daemon=True)
             heartbeat.start()
-            if self._run is not None:
-                self._adopt(self._run)
+            if inherited is not None:
+                self._adopt(inherited)
             while not self._finished.wait(_POLL_SECONDS):
                 if self._job_over.is_set() and self._run is None and not self._launching.locked():
                     break

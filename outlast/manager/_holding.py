@@ -49,9 +49,9 @@ def takeover_wait(views: list[LeaseView], mine: Lease, claimed: float | None, no
     if claimed is not None:
         waits.append(claimed + ttl - now)
     for view in views:
-        if view.lease.is_fence and view.lease.epoch == mine.epoch:
-            # Set when the scheduler had taken the node of the run before for dead; the watcher takes it
-            # away in time. Should the watcher be gone, the fence's age says as much.
+        if view.lease.is_fence and not view.lease.is_lifted and view.lease.epoch == mine.epoch:
+            # Put up when the scheduler had taken the run before for lost; the watcher lifts it in time.
+            # Should the watcher be gone, the fence's age says as much.
             waits.append(ttl - view.age)
     return max(waits)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
 from outlast.config import Config
-from outlast.errors import OutlastError, RestoreFailed, StoreUnavailable
+from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
 from outlast.manager._mom import Mom
@@ -166,14 +166,16 @@ class Launcher:
         if not self.settled:
             why = str(problem[0]) if problem else "no answer so far"
             self._events.add("store-unreachable", f"the job starts before its store answers: {why}")
-            shim.say(f"the checkpoint store does not answer ({why}); the job starts, and it is tried again")
+            what = "cannot be used" if problem and isinstance(problem[0], ConfigError) else "does not answer"
+            shim.say(f"the checkpoint store {what} ({why}); the job starts, and it is tried again")
 
     def _start(self, run: Run, shim: Shim) -> Capsule:
         if run.mom is not None:
             run.mom.await_script(shim.stdio[0])
         run.passed = passed_through(shim.stdio)
         capsule = start_capsule(shim.context, run.argv, shim.environment, run.directory)
-        self._events.add("started", f"{' '.join(run.argv)}", interval=run.interval)
+        # The log can be read on the store's machine, so it does not tell the arguments.
+        self._events.add("started", Path(run.argv[0]).name, interval=run.interval)
         return capsule
 
     def when_store_answers(self, shim: Shim, act: Callable[[], T]) -> T:

@@ -292,6 +292,7 @@ def _job(row: dict[str, Any]) -> SchedulerJob:
         required=_hosts(row["required_nodes"]),
         requeueable=row["requeue"],
         handle=f"{array}_{task}" if array and task is not None else job_id,
+        begin=float(_number(row.get("eligible_time")) or 0),
     )
 
 

@@ -8,10 +8,15 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from outlast.config import StoreConfig
 from outlast.errors import ConfigError
 from outlast.store._backend import Backend
+from outlast.store._keys import Keyring, add_key, read_keyring
 from outlast.store._local import LocalBackend
+from outlast.store._reader import Stored
+from outlast.store._retention import Policy
+from outlast.store._source import Memory
 from outlast.store._store import Store
+from outlast.store._upkeep import Pruned, Usage
 
-__all__ = ["Store", "open_store"]
+__all__ = ["Memory", "Policy", "Pruned", "Store", "Stored", "Usage", "add_key", "open_store", "read_keyring"]
 
 _FORMS = "write sftp://USER@HOST/DIR, sftp://USER@HOST:PORT/DIR or file:///DIR"
 
@@ -35,10 +40,17 @@ def open_store(config: StoreConfig) -> Store:
     if url.scheme == "file":
         if url.netloc or not path:
             raise _bad(config, "names no directory of this machine")
-        return Store(LocalBackend(Path(path)))
+        return Store(LocalBackend(Path(path)), _keyring(config), config.quota_bytes)
     if url.scheme == "sftp":
-        return Store(_over_sftp(config, url, port or 22, path))
+        return Store(_over_sftp(config, url, port or 22, path), _keyring(config), config.quota_bytes)
     raise _bad(config, "neither sftp:// nor file://" if config.url else "is not set")
+
+
+def _keyring(config: StoreConfig) -> Keyring | ConfigError:
+    try:
+        return read_keyring(config.key)
+    except ConfigError as error:
+        return error
 
 
 def _over_sftp(config: StoreConfig, url: SplitResult, port: int, path: str) -> Backend:

@@ -7,6 +7,7 @@ certificates. Host keys are strict all the same, whatever is set up there.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -14,9 +15,14 @@ import socket
 import subprocess
 import tempfile
 import time
+from base64 import b64decode
+from collections.abc import Mapping
+from pathlib import Path
 
-from outlast.errors import ConfigError, OutlastError, StoreRefused, StoreUnavailable
-from outlast.store._sftp import Server
+import paramiko
+
+from outlast.errors import ConfigError, OutlastError, StoreUnavailable
+from outlast.store._sftp import Server, check_host_key, key_refused, read_credentials, sftp_refused
 from outlast.store._wire import Lost
 
 _BUFFER = 4 << 20  # bytes between Python and ssh, in each direction
@@ -24,7 +30,8 @@ _RECEIVE = 1 << 20
 
 # What ssh says on its standard error, and who can do something about it. Source: OpenSSH 9.2 and 10.0.
 _HOST_KEY = re.compile(r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|host key is known")
-_REFUSED = re.compile(r"Permission denied|Too many authentication failures|subsystem request failed")
+_REFUSED = re.compile(r"Permission denied|Too many authentication failures")
+_NO_SFTP = re.compile(r"subsystem request failed.*", re.IGNORECASE)
 
 
 def find_ssh() -> str | None:
@@ -56,7 +63,7 @@ class ProcessLink:
                 stdout=its.fileno(),
                 stderr=self._errors,
                 start_new_session=True,
-                env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": os.environ.get("HOME", "/root")},
+                env=_environment(),
             )
         except OSError as error:
             mine.close()
@@ -127,42 +134,91 @@ class ProcessLink:
 
 
 def _refusal(server: Server, said: str) -> OutlastError | None:
+    """Return the error for what ssh *said* before it got any answer to SFTP; None: nobody refused anything."""
     if _HOST_KEY.search(said):
-        return ConfigError(
-            f"{server}: its host key is not one that {server.known_hosts} has for {server.known_as}",
-            hint="compare the server's own (ssh-keyscan shows it) with that file; if it is another, ask its "
-            "administrator before you change the line",
-        )
+        return _host_key_error(server)
+    if match := _NO_SFTP.search(said):
+        return sftp_refused(server, match[0].strip())
     if _REFUSED.search(said):
-        return StoreRefused(
-            f"{server}: the store does not let {server.user} in: {said.strip().splitlines()[-1]}",
-            hint=f"authorized_keys of {server.user} there needs the public half of {server.identity}, "
-            "and sshd_config a line: Subsystem sftp internal-sftp",
-        )
+        return key_refused(server, read_credentials(server)[0])
     return None
 
 
-def _command(server: Server) -> list[str]:
-    seconds = max(1, round(server.timeout))
+def _host_key_error(server: Server) -> OutlastError:
+    """Return what is wrong with the host key, which is asked for once more: ssh does not say all of it."""
+    _, known = read_credentials(server)
+    with tempfile.TemporaryDirectory() as name:
+        offered = Path(name, "offered")
+        # It is let to write the key down, and offers none of this side.
+        changed = {
+            "StrictHostKeyChecking": "accept-new",
+            "UserKnownHostsFile": os.fspath(offered),
+            "PreferredAuthentications": "none",
+            "HashKnownHosts": "no",
+            "ControlPath": "none",
+        }
+        kinds = [kind for kind in known.lookup(server.known_as) or ()]
+        if kinds:
+            changed["HostKeyAlgorithms"] = "^" + ",".join(kinds)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                _command(server, changed),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=server.timeout,
+                check=False,
+                env=_environment(),
+            )
+        if offered.exists():
+            for kind_and_key in (line.split()[1:3] for line in offered.read_text().splitlines()):
+                try:
+                    key = paramiko.PKey.from_type_string(kind_and_key[0], b64decode(kind_and_key[1]))
+                    check_host_key(server, key, known)
+                except ConfigError as error:
+                    return error
+                except (paramiko.SSHException, ValueError, IndexError):
+                    continue
+    return ConfigError(
+        f"{server}: its host key is not the one in {server.known_hosts}",
+        hint="compare the server's own (ssh-keyscan shows it) with that file; if it is another, ask its "
+        "administrator before you change the line",
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Return what of this process's environment ssh is given: where programs, home and the agent are."""
+    given = {name: os.environ[name] for name in ("PATH", "HOME", "SSH_AUTH_SOCK") if name in os.environ}
+    return {"PATH": "/usr/bin:/bin", **given}
+
+
+def _command(server: Server, changed: Mapping[str, str] | None = None) -> list[str]:
+    seconds = max(1, math.ceil(server.timeout))
     options = {
         "BatchMode": "yes",
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": os.fspath(server.known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
+        "VerifyHostKeyDNS": "no",
         "UpdateHostKeys": "no",
         "IdentitiesOnly": "yes",
-        "ConnectTimeout": str(seconds),
+        "PreferredAuthentications": "publickey",
+        # This side counts the time of every answer itself; ssh's own only ends what nobody waits for.
+        "ConnectTimeout": str(seconds + 1),
         "ServerAliveInterval": str(max(1, seconds // 2)),
-        "ServerAliveCountMax": "2",
+        "ServerAliveCountMax": "3",
         "RequestTTY": "no",
         "ForwardAgent": "no",
         "ForwardX11": "no",
         "ClearAllForwardings": "yes",
+        "PermitLocalCommand": "no",
         "LogLevel": "ERROR",
         # AES-GCM costs about half of OpenSSH's default cipher.
         "Ciphers": "^aes128-gcm@openssh.com,aes256-gcm@openssh.com",
+        **(changed or {}),
     }
-    command = ["ssh", "-i", os.fspath(server.identity), "-p", str(server.port), "-l", server.user]
+    command = ["ssh", "-i", os.fspath(server.identity), "-l", server.user]
+    if server.port != 22:  # else ssh_config may know of another
+        command += ["-p", str(server.port)]
     for name, value in options.items():
         command += ["-o", f"{name}={value}"]
     return [*command, "-s", "--", server.host, "sftp"]

@@ -124,18 +124,14 @@ class SshLink:
             _prefer(transport, [*(known.lookup(server.known_as) or ())])
             transport.start_client(timeout=server.timeout)
             offered = transport.get_remote_server_key()  # raises where start_client ran out of time
-        _check_host_key(server, offered, known)
+        check_host_key(server, offered, known)
         with self._unavailable():
             try:
                 transport.auth_publickey(server.user, key)
             except paramiko.AuthenticationException as error:
                 if not transport.is_active() or "timeout" in str(error).lower():
                     raise EOFError(str(error)) from error
-                raise StoreRefused(
-                    f"{server}: the store does not let {server.user} in with the key {server.identity}",
-                    hint=f"authorized_keys of {server.user} there needs the line: "
-                    f"{key.get_name()} {key.get_base64()}",
-                ) from error
+                raise key_refused(server, key) from error
         with self._unavailable():
             try:
                 self._channel = transport.open_session(_WINDOW, _PACKET, server.timeout)
@@ -144,10 +140,7 @@ class SshLink:
             except paramiko.SSHException as error:
                 if not transport.is_active():
                     raise
-                raise StoreRefused(
-                    f"{server}: no SFTP for {server.user}: {error}",
-                    hint="sshd_config there needs the line: Subsystem sftp internal-sftp",
-                ) from error
+                raise sftp_refused(server, str(error)) from error
         transport.set_keepalive(max(1, int(server.timeout / 2)))
 
     @contextlib.contextmanager
@@ -222,7 +215,23 @@ def _prefer(transport: paramiko.Transport, known_kinds: list[str]) -> None:
     options.key_types = sorted(options.key_types, key=lambda kind: kind not in known_kinds)
 
 
-def _check_host_key(server: Server, offered: paramiko.PKey, known: paramiko.HostKeys) -> None:
+def key_refused(server: Server, key: paramiko.PKey) -> StoreRefused:
+    """Return the error for a server that does not let in the holder of *key*."""
+    return StoreRefused(
+        f"{server}: the store does not let {server.user} in with the key {server.identity}",
+        hint=f"authorized_keys of {server.user} there needs the line: {key.get_name()} {key.get_base64()}",
+    )
+
+
+def sftp_refused(server: Server, why: str) -> StoreRefused:
+    """Return the error for a server that lets this user in, but not to SFTP."""
+    return StoreRefused(
+        f"{server}: no SFTP for {server.user}: {why}",
+        hint="sshd_config there needs the line: Subsystem sftp internal-sftp",
+    )
+
+
+def check_host_key(server: Server, offered: paramiko.PKey, known: paramiko.HostKeys) -> None:
     """Raise ConfigError unless *offered* is a key by which the server is known."""
     mine = known.lookup(server.known_as)
     if mine is not None and any(key == offered for key in mine.values()):

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from outlast.errors import CorruptCheckpoint, OutlastError, StoreRefused, StoreUnavailable, UsageError
+from outlast.errors import ConfigError, UsageError
 from outlast.model import Checkpoint, CheckpointId, JobKey, Lease, LeaseView
-from outlast.store._backend import UNFINISHED, Backend, Entry
-from outlast.store._frames import pack, unpack
+from outlast.store import _records
+from outlast.store._backend import Backend
+from outlast.store._checkpoints import Checkpoints
+from outlast.store._keys import Keyring
 from outlast.store._leases import Leases
-from outlast.store._manifest import File, Manifest, decode, encode
+from outlast.store._reader import Stored
+from outlast.store._source import Memory
+from outlast.store._upkeep import Pruned, Upkeep, Usage
 
 _log = logging.getLogger(__name__)
 
-# Both kinds of file of a checkpoint, and what is left of one whose writing broke off.
-_CHECKPOINT_FILE = re.compile(
-    r"(?P<epoch>0|[1-9][0-9]*)-(?P<seq>0|[1-9][0-9]*)\.(json|bin)(\.[0-9a-f]+\.tmp)?"
-)
-_JOBS_KNOWN = 1000  # jobs whose manifests are remembered
 _SMALL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
 
@@ -40,10 +37,16 @@ class Store:
     StoreUnavailable it is unknown whether the call took effect.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, keyring: Keyring | ConfigError, quota: int = 0) -> None:
+        """*keyring*: the data keys, or why there are none here: checkpoints can then only be listed.
+
+        *quota*: bytes that a job may have here, 0 for any number.
+        """
         self._backend = backend
+        self._keyring = keyring
+        self._checkpoints = Checkpoints(backend, keyring, quota)
+        self._upkeep = Upkeep(backend)
         self._leases = Leases(backend)
-        self._known: dict[JobKey, dict[Entry, Checkpoint]] = {}  # manifests that need no second reading
         self._appending: set[str] = set()  # event streams whose last line is surely whole
         self._taken: dict[JobKey, list[Mapping[str, Any]]] = {}  # requests read, and not yet returned
 
@@ -61,72 +64,39 @@ class Store:
 
     # --- checkpoints ------------------------------------------------------------------------------
 
-    def publish(self, job: JobKey, id: CheckpointId, source: Path, meta: Mapping[str, Any]) -> Checkpoint:
-        """Store every regular file below the directory *source* as the checkpoint *id* of *job*.
+    def publish(
+        self,
+        job: JobKey,
+        id: CheckpointId,
+        source: Path,
+        meta: Mapping[str, Any],
+        memories: Sequence[Memory] = (),
+    ) -> Checkpoint:
+        """Store every regular file below the directory *source*, and *memories*, as checkpoint *id* of *job*.
 
-        The manifest goes last: afterwards the checkpoint is there and complete, or not there at all. It is
-        on the server's disk. Memory stays within some 60 MiB, plus 300 bytes for each MiB of the image.
+        Pages that the job's earlier checkpoints have are not stored again, and zero pages never are. The
+        manifest goes last: afterwards the checkpoint is there and complete, or not there at all; it is on the
+        server's disk. Memory stays below some 80 MiB, plus 24 bytes for each page of the job.
 
         Args:
-            meta: JSON values, given back by `checkpoints`.
+            meta: JSON values, given back by `checkpoints`. What says nothing of the job's work (see
+                `_manifest.PUBLIC`) can be read without the key.
+            memories: files that need not exist; none of them is below *source*.
 
         Raises:
-            StoreRefused: there is such a checkpoint, or a part of one, or the store has no room.
-            StoreUnavailable: try again with the next number: this one may be taken by what was sent.
-            OutlastError: *source* cannot be read.
+            StoreRefused: there is such a checkpoint, or the store has no room.
+            StoreUnavailable: calling it again goes on where it broke off: finished packs are used.
+            OutlastError: *source* or a memory cannot be read.
         """
-        data, manifest = _data_name(job, id), _manifest_name(job, id)
-        if self._backend.entry(manifest) is not None or self._backend.entry(data) is not None:
-            raise self._taken_id(job, id)
-        files: list[File] = []
-        try:
-            with contextlib.closing(pack(source, files)) as chunks:
-                size = self._backend.create(data, chunks)
-        except FileExistsError:
-            raise self._taken_id(job, id) from None
-        complete = Manifest(job, id, time.time(), size, tuple(files), meta)
-        try:
-            self._backend.create(manifest, [encode(complete)])
-        except FileExistsError:
-            self._try(lambda: self._backend.remove(data))
-            raise self._taken_id(job, id) from None
-        except StoreUnavailable:
-            raise  # the manifest may be in its place, and then it needs the data
-        except BaseException:
-            self._try(lambda: self._backend.remove(data))
-            raise
-        return complete.checkpoint()
+        return self._checkpoints.publish(job, id, source, meta, memories)
 
     def checkpoints(self, job: JobKey) -> list[Checkpoint]:
         """Return the complete checkpoints of *job*, newest first.
 
-        Complete: the manifest verifies and the data file has the size that it says. Others are left out,
-        and logged. The bytes of the data are verified by `fetch`.
+        Complete: the manifest is what was published, as far as the key is here to tell, and its packs are
+        there and as long as they should be. Others are left out, and logged. Pages are verified by `fetch`.
         """
-        entries = [entry for entry in self._backend.list(f"{_job(job)}/ckpt") if not entry.is_directory]
-        if not entries:
-            return []
-        sizes = {entry.name: entry.size for entry in self._backend.list(f"{_job(job)}/data")}
-        known = self._known.get(job, {})
-        found: dict[Entry, Checkpoint] = {}
-        for entry in entries:
-            id = _file_id(entry.name)
-            if id is None or entry.name.endswith(UNFINISHED):
-                continue
-            try:
-                checkpoint = known.get(entry) or self._manifest(job, id).checkpoint()
-                if sizes.get(f"{id.epoch}-{id.seq}.bin") != checkpoint.stored_bytes:
-                    raise CorruptCheckpoint(f"{job}: data of {id.name(job.job_id)}: missing or torn")
-            except FileNotFoundError:
-                continue  # forgotten since the listing
-            except CorruptCheckpoint as error:
-                _log.warning("left out: %s", error)
-                continue
-            found[entry] = checkpoint
-        if len(self._known) >= _JOBS_KNOWN:
-            self._known.clear()
-        self._known[job] = found
-        return sorted(found.values(), key=lambda checkpoint: checkpoint.id, reverse=True)
+        return self._checkpoints.complete(job)
 
     def fetch(self, job: JobKey, id: CheckpointId, into: Path) -> None:
         """Make the directory *into*, mode 0700, with all files of the checkpoint *id*, every byte verified.
@@ -138,68 +108,108 @@ class Store:
             CorruptCheckpoint: stored bytes are not what was published; go on with an older checkpoint.
             OutlastError: *into* cannot be written.
         """
-        if into.exists() or into.is_symlink():
-            raise UsageError(f"{into}: exists", hint="name a directory that does not exist yet")
-        try:
-            manifest = self._manifest(job, id)
-        except FileNotFoundError:
-            raise UsageError(f"{id.name(job.job_id)}: no such checkpoint") from None
-        partial = into.with_name(f".{into.name}.{uuid.uuid4().hex[:12]}")
-        try:
-            partial.mkdir(mode=0o700)
-        except OSError as error:
-            raise OutlastError(f"{partial}: {error.strerror}") from error
-        try:
-            unpack(manifest, self._stored(manifest), partial)
-            partial.rename(into)
-        except OSError as error:
-            raise OutlastError(f"{into}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        self._checkpoints.fetch(job, id, into)
 
-    def forget(self, job: JobKey, keep: int) -> int:
-        """Remove all but the newest *keep* (at least 1) complete checkpoints; return how many went.
+    def open(self, job: JobKey, id: CheckpointId) -> Stored:
+        """Return checkpoint *id* for the reading of single pages. Raises UsageError, CorruptCheckpoint.
 
-        A checkpoint goes manifest first, so that none is ever seen without its data. What is older than the
-        newest complete one and is not complete itself goes too: leftovers of writing that broke off. What is
-        newer stays: it may be under way.
+        While it is read, this store serves nothing else.
+        """
+        return self._checkpoints.open(job, id)
+
+    def published(self, job: JobKey) -> list[CheckpointId]:
+        """Return the ids of all checkpoints of *job* that have a manifest, good or not, newest first."""
+        return self._checkpoints.published(job)
+
+    def verify(self, job: JobKey, id: CheckpointId, *, read_data: bool = True) -> int:
+        """Verify checkpoint *id*: with *read_data* every stored page, else its manifest and its packs' sizes.
+
+        Returns how many pages were read. Raises CorruptCheckpoint, or UsageError where there is none.
+        """
+        return self._checkpoints.verify(job, id, read_data=read_data)
+
+    def forget(
+        self,
+        job: JobKey,
+        keep: int,
+        also: Callable[[Sequence[Checkpoint]], Iterable[CheckpointId]] = lambda _: (),
+    ) -> int:
+        """Remove all but the newest *keep* (at least 1) complete checkpoints and those that are pinned.
+
+        A checkpoint goes manifest first, so that none is ever seen without its pages. Leftovers of writing
+        that broke off go too, unless they are newer than the newest complete checkpoint: those may be
+        under way. Returns how many checkpoints went.
+
+        Args:
+            also: chooses further checkpoints to keep, out of those that there are, newest first.
+
+        Raises:
+            ConfigError: a key is missing, without which nobody can tell which checkpoints are good.
         """
         if keep < 1:
             raise UsageError(f"keep = {keep}: the newest checkpoint is always kept")
-        complete = [checkpoint.id for checkpoint in self.checkpoints(job)]
-        kept = complete[:keep]
-        if not kept:
-            return 0
-        count = 0
-        for directory in ("ckpt", "data"):
-            for entry in self._backend.list(f"{_job(job)}/{directory}"):
-                id = _file_id(entry.name)
-                if id is None or id > kept[0] or (id in kept and not entry.name.endswith(UNFINISHED)):
-                    continue
-                gone = self._backend.remove(f"{_job(job)}/{directory}/{entry.name}")
-                count += gone and directory == "ckpt" and id in complete
-        return count
+
+        def kept(found: Sequence[Checkpoint]) -> Iterator[CheckpointId]:
+            yield from (checkpoint.id for checkpoint in found[:keep])
+            yield from self.pins(job)
+            yield from also(found)
+
+        return self._checkpoints.forget(job, kept)
+
+    # --- upkeep -----------------------------------------------------------------------------------
+
+    def pins(self, job: JobKey) -> frozenset[CheckpointId]:
+        """Return which checkpoints of *job* are pinned: `forget` and `prune` leave them."""
+        return self._upkeep.pins(job)
+
+    def pin(self, job: JobKey, id: CheckpointId) -> None:
+        """Keep checkpoint *id* until it is unpinned. Raises UsageError where there is no such checkpoint."""
+        if id not in [checkpoint.id for checkpoint in self.checkpoints(job)]:
+            raise UsageError(f"{id.name(job.job_id)}: no such checkpoint")
+        self._upkeep.pin(job, id)
+
+    def unpin(self, job: JobKey, id: CheckpointId) -> bool:
+        """Take the pin off checkpoint *id*; True if there was one."""
+        return self._upkeep.unpin(job, id)
+
+    def usage(self, job: JobKey) -> Usage:
+        """Return what all files of *job* take on the server, and since when none of them changed."""
+        return self._upkeep.usage(_job(job))
+
+    def prune(self, cluster: str, *, ended: float, lost: float, grace: float) -> Pruned:
+        """Put the jobs of *cluster* that are over into the trash, and remove what has been there for long.
+
+        Over: without a lease, without a pin, and nothing of it changed for *ended* seconds, or for *lost*
+        seconds where the store does not know that it ended. What was retired goes after *ended* seconds.
+        From the trash, which is not looked into by anybody else, things go for good after *grace* seconds;
+        until then a rename brings them back. Nobody is kept waiting, and nothing locked.
+        """
+        held = frozenset(view.lease.job for view in self.leases(cluster))
+        return self._upkeep.prune(cluster, held, ended=ended, lost=lost, grace=grace)
 
     # --- records ----------------------------------------------------------------------------------
 
     def put_record(self, job: JobKey, name: str, value: Mapping[str, Any]) -> None:
-        """Make *value* (JSON values) the record *name* of *job*; readers see the old or the new one."""
-        self._backend.replace(_record_name(job, name), _line(value))
+        """Make *value* (JSON values) the record *name* of *job*; readers see the old or the new one.
+
+        What is not in `_records.PUBLIC` is encrypted. Raises ConfigError where there is no key.
+        """
+        if not isinstance(self._keyring, Keyring):
+            raise self._keyring
+        self._backend.replace(_record_name(job, name), _records.encode(job, name, value, self._keyring))
 
     def get_record(self, job: JobKey, name: str) -> Mapping[str, Any] | None:
-        """Return the record *name* of *job*, or None where there is none.
+        """Return the record *name* of *job*, or None where there is none; without a key, its public part.
 
         Raises:
-            CorruptCheckpoint: what is stored there is no record.
+            CorruptCheckpoint: it is not what was stored there.
+            KeyMissing: this node does not have the key that it is encrypted with.
         """
         try:
             data = self._backend.read(_record_name(job, name))
         except FileNotFoundError:
             return None
-        value = _object(data)
-        if value is None:
-            raise CorruptCheckpoint(f"{_record_name(job, name)}: no JSON object")
-        return value
+        return _records.decode(data, job, name, self._keyring)
 
     def retire(self, job: JobKey) -> bool:
         """Put what is stored under *job*'s name out of the way, and drop its leases; True if there was any.
@@ -207,7 +217,7 @@ class Store:
         For a scheduler that uses a job's id again. All is kept, as retired/<cluster>/<id>.<random>.
         """
         self._leases.drop_all(job)
-        self._known.pop(job, None)
+        self._checkpoints.forget_writer(job)
         self._appending.clear()
         return self._backend.rename(_job(job), f"retired/{job.cluster}/{job.job_id}.{uuid.uuid4().hex[:12]}")
 
@@ -313,57 +323,13 @@ class Store:
         """Give up *lease*, if it is still there; those of other runs of the job stay."""
         self._leases.drop(lease)
 
-    # ----------------------------------------------------------------------------------------------
-
-    def _manifest(self, job: JobKey, id: CheckpointId) -> Manifest:
-        return decode(self._backend.read(_manifest_name(job, id)), job, id)
-
-    def _stored(self, manifest: Manifest) -> Iterator[bytes]:
-        name = manifest.id.name(manifest.job.job_id)
-        entry = self._backend.entry(_data_name(manifest.job, manifest.id))
-        if entry is not None and entry.size != manifest.data_size:
-            raise CorruptCheckpoint(f"{manifest.job}: data of {name}: torn")
-        try:
-            yield from self._backend.read_ranges(_data_name(manifest.job, manifest.id), manifest.ranges())
-        except FileNotFoundError:
-            raise CorruptCheckpoint(f"{manifest.job}: data of {name}: missing") from None
-        except EOFError as error:
-            raise CorruptCheckpoint(f"{manifest.job}: data of {name}: torn: {error}") from error
-
-    @staticmethod
-    def _taken_id(job: JobKey, id: CheckpointId) -> StoreRefused:
-        return StoreRefused(
-            f"{job}: checkpoint {id.name(job.job_id)} exists, or a part of it", hint="use the next number"
-        )
-
-    @staticmethod
-    def _try(tidy: Callable[[], object]) -> None:
-        """Tidy up after an error; that this fails too must not hide it, and forget() comes by later."""
-        try:
-            tidy()
-        except OutlastError as error:
-            _log.debug("left behind: %s", error)
-
 
 def _job(job: JobKey) -> str:
     return f"jobs/{job.cluster}/{job.job_id}"
 
 
-def _manifest_name(job: JobKey, id: CheckpointId) -> str:
-    return f"{_job(job)}/ckpt/{id.epoch}-{id.seq}.json"
-
-
-def _data_name(job: JobKey, id: CheckpointId) -> str:
-    return f"{_job(job)}/data/{id.epoch}-{id.seq}.bin"
-
-
 def _record_name(job: JobKey, name: str) -> str:
     return f"{_job(job)}/records/{_small(name)}.json"
-
-
-def _file_id(name: str) -> CheckpointId | None:
-    match = _CHECKPOINT_FILE.fullmatch(name)
-    return CheckpointId(int(match["epoch"]), int(match["seq"])) if match else None
 
 
 def _small(name: str) -> str:

@@ -98,6 +98,9 @@ class Desk:
             with contextlib.suppress(SchedulerUnavailable):
                 known = {one.job_id: one for one in self._known_jobs()}.get(job.job_id)
                 if known is None or known.state is not JobState.RUNNING:
+                    # It may have started since; nobody is refused for an answer that is not of now.
+                    known = {one.job_id: one for one in self._known_jobs(0.0)}.get(job.job_id)
+                if known is None or known.state is not JobState.RUNNING:
                     state = known.raw_state if known else "gone"
                     raise UsageError(f"job {job.job_id}: is {state}; only a running job can be checkpointed")
             return {"request": store.post_request(job, {"op": "checkpoint", "uid": peer.uid})}
@@ -135,10 +138,11 @@ class Desk:
             )
         return job
 
-    def _known_jobs(self) -> tuple[SchedulerJob, ...]:
+    def _known_jobs(self, oldest: float = _FRESH) -> tuple[SchedulerJob, ...]:
+        """The scheduler's jobs as they were at most *oldest* seconds ago."""
         with self._asking:
             asked, jobs = self._jobs
-            if time.monotonic() - asked > _FRESH:
+            if time.monotonic() - asked > oldest:
                 jobs = self._scheduler.jobs()
                 self._jobs = (time.monotonic(), jobs)
             return jobs

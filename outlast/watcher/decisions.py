@@ -20,6 +20,9 @@ _MANY_TIMES = 5.0
 _MISSED_BEATS = 2
 # Seconds for which the lease of an ended job is left alone: its manager may still be shipping.
 _LEASE_KEPT = 60.0
+# Slurm sets the delay of a requeued job anew when its epilog has ended, so it may have to be ended twice.
+_WORTH_HASTENING = 1.0
+_HASTENED_FOR = 1.0
 # Seconds until a thing that the scheduler refused is asked for again.
 _REFUSED_FOR = 10.0
 
@@ -95,9 +98,25 @@ class Requeue:
 
 @dataclass(frozen=True)
 class Exclude:
-    """Keep a pending job away from the node that it was lost on."""
+    """Keep a pending job away from the node that it was lost on, and from those of *nodes* that it is kept from."""
 
     event: ClassVar[str] = "node-excluded"
+    job: SchedulerJob
+    node: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The run that is to start."""
+        return (Run(self.job.job_id, self.job.epoch),)
+
+
+@dataclass(frozen=True)
+class Hasten:
+    """End the delay before which a pending job must not start: it is for the node that the job was lost on."""
+
+    event: ClassVar[str] = "hastened"
     job: SchedulerJob
     node: str
     reason: str
@@ -151,7 +170,7 @@ class Leave:
     tell: str = ""
 
 
-Action = MarkDown | Requeue | Exclude | Readmit | DropLease
+Action = MarkDown | Requeue | Exclude | Hasten | Readmit | DropLease
 Decision = Action | Leave
 
 
@@ -288,10 +307,15 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if view.age >= config.watcher.exclude or not (node and (marked == node or _is_gone(node, snapshot))):
         return Leave(run, "the job waits for a node")
     if node in excluded or node in job.excluded:
+        if node in excluded and job.begin > snapshot.now + _WORTH_HASTENING:
+            return Hasten(job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}")
         return Leave(run, f"the job waits for a node other than {node}")
     if node in job.required:
         return Leave(run, f"the job asks for {node} by name, so it waits for that node", "pinned")
-    return Exclude(job, node, f"the job was lost on {node} {view.age:.0f} s ago")
+    others = {name for name in job.excluded if name != node}
+    if not any(known.up and known.name not in {node, *others} for known in snapshot.nodes):
+        others -= {*excluded}  # rather where it was lost some time ago than nowhere
+    return Exclude(job, node, f"the job was lost on {node}", tuple(sorted(others)))
 
 
 def _is_gone(node: str, snapshot: Snapshot) -> bool:
@@ -327,6 +351,8 @@ def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
         if one.event != decision.event or one.node != decision.node or one.run != decision.runs[0]:
             continue
         ago = snapshot.now - one.time
+        if isinstance(decision, Hasten) and not one.refused and ago > _HASTENED_FOR:
+            return decision
         if not one.refused:
             return Leave(one.run, f"{one.event} {ago:.0f} s ago")
         if ago < _REFUSED_FOR:

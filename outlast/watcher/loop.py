@@ -21,6 +21,7 @@ from outlast.watcher.decisions import (
     Done,
     DropLease,
     Exclude,
+    Hasten,
     Leave,
     MarkDown,
     Readmit,
@@ -126,7 +127,7 @@ class Loop:
         self._hearing.hear(self.leases, time.monotonic())
 
     def _cause_to_look(self) -> bool:
-        if time.monotonic() - self._looked >= _LOOK_SECONDS:
+        if time.monotonic() - self._looked >= _LOOK_SECONDS or self._fences:
             return True
         return any(
             is_late(view.lease, self._hearing.quiet, self._config)
@@ -199,10 +200,10 @@ class Loop:
             self._do(some, lambda some=some, why=why: self._mark_down(some, why))  # type: ignore[misc]
         if marks:
             self._put_up_fences(marks)
-        moves: dict[tuple[str, ...], list[Exclude | Readmit]] = {}
+        moves: dict[tuple[str, ...], list[Exclude | Hasten | Readmit]] = {}
         for one in decisions:
-            if isinstance(one, Exclude | Readmit):
-                kind = ("now",) if isinstance(one, Exclude) else ("later",)
+            if isinstance(one, Exclude | Hasten | Readmit):
+                kind = ("later",) if isinstance(one, Readmit) else ("now",)
                 moves.setdefault((*kind, *_kept_from(one)), []).append(one)
         calls = [(key, some) for key, all in moves.items() for some in _batches(all, _JOBS_AT_ONCE)]
         for (when, *nodes), moved in calls[:_CALLS_AT_ONCE]:
@@ -246,6 +247,7 @@ class Loop:
 
     def _lift_fences(self) -> None:
         for fence in [fence for fence, until in self._fences.items() if time.monotonic() >= until]:
+            self._store.renew_lease(fence.lifted())
             self._store.drop_lease(fence)
             del self._fences[fence]
 
@@ -287,9 +289,14 @@ def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _kept_from(one: Exclude | Readmit) -> list[str]:
-    excluded = {*one.job.excluded}
-    return sorted(excluded | {one.node} if isinstance(one, Exclude) else excluded - {one.node})
+def _kept_from(one: Exclude | Hasten | Readmit) -> list[str]:
+    match one:
+        case Exclude():
+            return sorted({*one.nodes, one.node})
+        case Hasten():
+            return sorted(one.job.excluded)
+        case Readmit():
+            return sorted({*one.job.excluded} - {one.node})
 
 
 def _done(job_id: str, event: Mapping[str, Any]) -> Done:

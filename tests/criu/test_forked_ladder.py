@@ -92,37 +92,39 @@ def tight_place(user_place: Place, need: Callable[[str, str | None], None]) -> I
     with limited("memory", "memory.limit_in_bytes", "memory.max", 160 << 20) as group:
         need("memory cgroup", None if group else "no memory cgroup with a limit can be made here")
         assert group is not None
-        yield from _placed(user_place, group)
+        put_into(user_place, group)
+        yield user_place
+        user_place.end()
 
 
-@pytest.fixture
-def lonely_place(user_place: Place, need: Callable[[str, str | None], None]) -> Iterator[Place]:
-    """A place whose peers are in a cgroup of 3 processes at most: init, job, and the peer itself."""
-    with limited("pids", "pids.max", "pids.max", 3) as group:
-        need("pids cgroup", None if group else "no pids cgroup with a limit can be made here")
-        assert group is not None
-        yield from _placed(user_place, group)
+def put_into(place: Place, group: Path) -> None:
+    """Have the peers of *place* be in the cgroup *group*."""
 
-
-def _placed(place: Place, group: Path) -> Iterator[Place]:
     def join() -> None:
         (group / "cgroup.procs").write_text("0")
 
     peer = place.peer
     place.peer = lambda stdio=None, **how: peer(stdio, **{"prepare": join, **how})  # type: ignore[method-assign]
-    yield place
-    place.end()
 
 
-def test_process_that_may_make_no_more_is_dumped_plainly(lonely_place: Place) -> None:
+def test_process_that_may_make_no_more_is_dumped_plainly(
+    user_place: Place, need: Callable[[str, str | None], None]
+) -> None:
     """A limit on processes refuses the twin as it refuses any child."""
-    job = answering(lonely_place, _CHECKED.format(mib=4))
-    images, result = lonely_place.dump(job, mode="forked")
+    with limited("pids", "pids.max", "pids.max", 64) as group:
+        need("pids cgroup", None if group else "no pids cgroup with a limit can be made here")
+        assert group is not None
+        put_into(user_place, group)
+        job = answering(user_place, _CHECKED.format(mib=4))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        images, result = user_place.dump(job, mode="forked")
 
-    assert result.mode == "plain"
-    assert result.reason == "1 of 1 processes could have no twin"
-    assert "Resource temporarily unavailable" in (images / "dump.log").read_text()
-    assert survives(lonely_place, job, images)
+        assert result.mode == "plain"
+        assert result.reason == "1 of 1 processes could have no twin"
+        assert "Resource temporarily unavailable" in (images / "dump.log").read_text()
+        (group / "pids.max").write_text("64")
+        assert survives(user_place, job, images)
+        user_place.end()
 
 
 def test_job_near_its_memory_limit_is_dumped_plainly(tight_place: Place) -> None:

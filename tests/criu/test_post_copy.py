@@ -41,7 +41,7 @@ class Source:
     def __init__(self, job: Job, place: Place) -> None:
         self.images = place.images()
         self.dump = place.criu.dump(job.capsule, self.images, lambda: None, mode="plain")
-        self.runs = {memory.name: [tuple(map(int, run)) for run in memory.runs] for memory in self.dump.memories}
+        self.runs = {memory.name: memory.runs for memory in self.dump.memories}
         self.given = 0
         self.fail_after = 1 << 60
         self.gate = threading.Event()

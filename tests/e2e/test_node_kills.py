@@ -17,8 +17,6 @@ from tests.e2e.conftest import KILLS_DONE, Kills
 KILLS = int(os.environ.get("OUTLAST_E2E_KILLS", "4"))
 SEED = int(os.environ.get("OUTLAST_E2E_SEED", random.SystemRandom().randrange(10**6)))
 INTERVAL = 3  # seconds between two checkpoints
-# Seconds after the start of a dump by which it is in the store, on a machine with much else to do.
-DUMP_AND_SHIPPING = 0.5
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -74,9 +72,10 @@ def await_moment(job: Job, dice: random.Random, *, aimed: bool) -> None:
         job.wait_for("checkpoint", count=first)
         time.sleep(dice.uniform(0, INTERVAL))
         return
-    due = job.wait_for("dump", count=first).time + INTERVAL
-    job.wait_for("checkpoint", count=first)
-    time.sleep(max(0.0, due + dice.uniform(-0.1, DUMP_AND_SHIPPING) - time.time()))
+    begun, stored = job.wait_for("dump", count=first), job.wait_for("checkpoint", count=first)
+    # The next one will take about as long; a little before and after it are of interest, too.
+    offset = dice.uniform(-0.05, 1.2 * (stored.time - begun.time))
+    time.sleep(max(0.0, begun.time + INTERVAL + offset - time.time()))
 
 
 @pytest.mark.parametrize("number", range(KILLS))

@@ -1,4 +1,4 @@
-"""A launcher of alice's on the testbed's controller, a way to its loopback, and a browser that looks at it."""
+"""A launcher of alice's on the testbed's controller, a way to its loopback, and a browser to look at it."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -314,7 +315,12 @@ def test_the_stream_tells_only_what_has_changed_since_its_mark(launcher: Launche
     first = cluster.submit("true", "--hold")
     known(launcher, first.id)
     marks: list[str] = []
-    launcher.hear("since=", lambda _, data: bool(data["rows"]) and not marks.append(data["mark"]))
+
+    def filled(_: str, data: dict[str, Any]) -> bool:
+        marks.append(data["mark"])
+        return bool(data["rows"])
+
+    launcher.hear("since=", filled)
     second = cluster.submit("true", "--hold")
     told: list[str] = []
 
@@ -322,7 +328,7 @@ def test_the_stream_tells_only_what_has_changed_since_its_mark(launcher: Launche
         told.extend(row["id"] for row in data["rows"])
         return second.id in told
 
-    launcher.hear(f"since={marks[0]}", seen)
+    launcher.hear(f"since={marks[-1]}", seen)
     assert first.id not in told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -109,11 +110,14 @@ def test_a_script_says_what_runs_it() -> None:
 
 
 def test_other_peoples_jobs_and_rows_of_another_form_are_left_out() -> None:
-    row = (
-        '{"job_id": %d, "user_id": %d, "name": "a", "job_state": ["RUNNING"], "restart_cnt": 1, "nodes": "n1",'
-        ' "start_time": {"set": true, "infinite": false, "number": 5}, "hold": false}'
-    )
-    text = '{"jobs": [%s, %s, {"job_id": 3, "user_id": 7}]}' % (row % (1, 7), row % (2, 8))  # noqa: UP031
+    start = {"set": True, "infinite": False, "number": 5}
+    rest = {"name": "a", "job_state": ["RUNNING"], "restart_cnt": 1, "nodes": "n1", "start_time": start}
+    rows = [
+        {"job_id": 1, "user_id": 7} | rest,
+        {"job_id": 2, "user_id": 8} | rest,
+        {"job_id": 3, "user_id": 7},
+    ]
+    text = json.dumps({"jobs": rows})
     (job,) = parse_jobs(text, 7)
     assert (job.id, job.kind, job.nodes, job.restarts, job.started) == ("1", "running", "n1", 1, 5)
 

@@ -21,7 +21,7 @@ STUBBORN = COUNT.format(what="trap 'echo told to end' TERM; echo listening; whil
 FAMILY = """
 trap 'echo told' USR1
 setsid sleep 4001 &
-python3 -c 'import time; time.sleep(4002)' &
+python3 -c 'import os, time; os.fork() or os._exit(0); time.sleep(4002)' &
 env | sort >environment.before
 tr '\\0' '\\n' </proc/self/limits >limits.before
 """ + COUNT.format(

@@ -12,20 +12,32 @@ import pytest
 
 from outlast.config import StoreConfig
 from outlast.model import JobKey
-from outlast.store import Store, open_store
+from outlast.store import Store, add_key, open_store
 from outlast.store._backend import Backend
+from outlast.store._keys import Keyring, read_keyring
 from outlast.store._local import LocalBackend
+from outlast.store._openssh import ProcessLink
 from outlast.store._remote import SftpBackend
-from outlast.store._sftp import Server
+from outlast.store._sftp import Server, SshLink
 
 if TYPE_CHECKING:
     from tests.conftest import Need, SshServer
 
 
-@pytest.fixture(params=["local", "sftp"])
+@pytest.fixture(params=["paramiko", "openssh"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What speaks SSH; for tests that start servers of their own."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["local", "paramiko", "openssh"])
 def server(request: pytest.FixtureRequest) -> SshServer | None:
-    """The server of the store, or None for a store in a directory."""
-    return request.getfixturevalue("sshd") if request.param == "sftp" else None
+    """The server of the store, spoken to by either transport, or None for a store in a directory."""
+    if request.param == "local":
+        return None
+    sshd: SshServer = request.getfixturevalue("sshd")
+    sshd.transport = request.param
+    return sshd
 
 
 @pytest.fixture
@@ -41,7 +53,18 @@ def top(server: SshServer | None, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(server: SshServer | None, top: Path) -> StoreConfig:
-    return StoreConfig(url=f"file://{top}") if server is None else server.config(top)
+    if server is not None:
+        return server.config(top)
+    key = top.with_name("data.key")
+    add_key(key)
+    return StoreConfig(url=f"file://{top}", key=key)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    """A fresh key, not that of `config`."""
+    add_key(tmp_path / "other.key")
+    return read_keyring(tmp_path / "other.key")
 
 
 @pytest.fixture
@@ -60,7 +83,9 @@ def backend(server: SshServer | None, top: Path) -> Iterator[Backend]:
 def remote(server: SshServer, top: Path) -> SftpBackend:
     user, _, rest = server.url(top).removeprefix("sftp://").partition("@")
     path = rest[rest.index("/") :]
-    return SftpBackend(Server(user, "127.0.0.1", server.port, server.key, server.known_hosts, 20.0), path)
+    connect = ProcessLink if server.transport == "openssh" else SshLink
+    there = Server(user, "127.0.0.1", server.port, server.key, server.known_hosts, 20.0)
+    return SftpBackend(there, path, connect)
 
 
 @pytest.fixture

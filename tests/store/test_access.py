@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def server(start_sshd: StartSshd) -> Iterator[SshServer]:
+def server(start_sshd: StartSshd, transport: str) -> Iterator[SshServer]:
     """A server of this test's own."""
     server = start_sshd()
+    server.transport = transport
     yield server
     server.resume()
     server.kill()
@@ -95,11 +96,12 @@ def test_hashed_known_hosts_are_understood(server: SshServer, top: Path, job: Jo
 
 @pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
 def test_server_may_be_known_by_any_of_its_keys(
-    start_sshd: StartSshd, job: JobKey, tmp_path: Path, kind: str
+    start_sshd: StartSshd, transport: str, job: JobKey, tmp_path: Path, kind: str
 ) -> None:
     key = tmp_path / "other"
     subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(key)], check=True)
     server = start_sshd(extra=f"HostKey {key}\n")
+    server.transport = transport
     known = tmp_path / "known"
     public = " ".join(key.with_suffix(".pub").read_text().split()[:2])
     known.write_text(f"[127.0.0.1]:{server.port} {public}\n")
@@ -158,9 +160,10 @@ def test_no_other_key_of_this_user_is_tried(
     [("", StoreRefused, "no SFTP for"), ("/bin/false", StoreUnavailable, "no SFTP session")],
 )
 def test_server_without_sftp_is_told(
-    start_sshd: StartSshd, job: JobKey, sftp: str, kind: type[OutlastError], why: str
+    start_sshd: StartSshd, transport: str, job: JobKey, sftp: str, kind: type[OutlastError], why: str
 ) -> None:
     server = start_sshd(sftp=sftp)
+    server.transport = transport
     error = refusal(server.config(server.served), job)
     server.kill()
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from outlast.errors import OutlastError, StoreRefused, StoreUnavailable, UsageEr
 from outlast.model import CheckpointId, JobKey
 from outlast.store import Store, open_store
 from outlast.store._backend import Backend
+from outlast.store._keys import Keyring
 
 Tree = Callable[[Path], dict[str, tuple[int, bytes]]]
 T = TypeVar("T")
@@ -66,7 +68,9 @@ def test_holes_and_zeros_cost_nothing_here_and_there(
 def test_tree_of_the_store_is_as_documented(store: Store, job: JobKey, source: Path, top: Path) -> None:
     store.publish(job, THIRD, source, {})
 
-    assert stored_names(top) == ["jobs/testbed/17/ckpt/1-1.json", "jobs/testbed/17/data/1-1.bin"]
+    manifest, pack = stored_names(top)
+    assert manifest == "jobs/testbed/17/ckpt/1-1.ck"
+    assert re.fullmatch(r"jobs/testbed/17/packs/1-1-0-[0-9a-f]{12}\.pack", pack)
 
 
 def test_only_regular_files_are_shipped_and_the_others_named_in_the_log(
@@ -171,7 +175,7 @@ def test_forgetting_keeps_the_newest_and_their_bytes(
     assert store.forget(job, 2) == 3
     assert store.forget(job, 2) == 0
     assert [checkpoint.id.seq for checkpoint in store.checkpoints(job)] == [5, 4]
-    assert len(stored_names(top)) == 4
+    assert len(stored_names(top)) == 3  # unchanged files are one pack for both
     store.fetch(job, CheckpointId(0, 4), tmp_path / "fetched")
     assert tree(tmp_path / "fetched") == tree(source)
     with pytest.raises(UsageError):
@@ -182,27 +186,24 @@ def test_forgetting_removes_older_leftovers_and_leaves_what_may_be_under_way(
     store: Store, job: JobKey, source: Path, top: Path
 ) -> None:
     store.publish(job, CheckpointId(1, 5), source, {})
-    data = top / "jobs/testbed/17/data"
-    for name in ("1-4.bin", "0-9.bin.0123456789ab.tmp", "1-6.bin", "1-7.bin.0123456789ab.tmp", "README"):
-        (data / name).write_bytes(b"part")
-    (top / "jobs/testbed/17/ckpt/1-3.json").write_bytes(b"{")
+    packs = top / "jobs/testbed/17/packs"
+    (own,) = (path.name for path in packs.iterdir())
+    newer = ["1-6-0-0123456789ab.pack", "1-7-3-0123456789ab.pack.0123456789ab.tmp", "README"]
+    for name in ("1-4-0-0123456789ab.pack", "0-9-1-0123456789ab.pack.0123456789ab.tmp", *newer):
+        (packs / name).write_bytes(b"part")
+    (top / "jobs/testbed/17/ckpt/1-3.ck").write_bytes(b"{")
 
     assert store.forget(job, 2) == 0
-    assert sorted(path.name for path in data.iterdir()) == [
-        "1-5.bin",
-        "1-6.bin",
-        "1-7.bin.0123456789ab.tmp",
-        "README",
-    ]
-    assert [path.name for path in (top / "jobs/testbed/17/ckpt").iterdir()] == ["1-5.json"]
+    assert sorted(path.name for path in packs.iterdir()) == sorted([own, *newer])
+    assert [path.name for path in (top / "jobs/testbed/17/ckpt").iterdir()] == ["1-5.ck"]
 
 
 def test_nothing_is_forgotten_while_no_checkpoint_is_good(store: Store, job: JobKey, top: Path) -> None:
     (top / "jobs/testbed/17/ckpt").mkdir(parents=True)
-    (top / "jobs/testbed/17/ckpt/1-3.json").write_bytes(b"{")
+    (top / "jobs/testbed/17/ckpt/1-3.ck").write_bytes(b"{")
 
     assert store.forget(job, 1) == 0
-    assert stored_names(top) == ["jobs/testbed/17/ckpt/1-3.json"]
+    assert stored_names(top) == ["jobs/testbed/17/ckpt/1-3.ck"]
 
 
 def test_store_without_room_refuses_and_shows_nothing_half_done(
@@ -316,17 +317,18 @@ class Failing:
 
 @pytest.mark.parametrize("after", [False, True])
 def test_publish_that_fails_anywhere_leaves_all_or_nothing(
-    backend: Backend, job: JobKey, source: Path, tmp_path: Path, tree: Tree, after: bool
+    backend: Backend, keyring: Keyring, job: JobKey, source: Path, tmp_path: Path, tree: Tree, after: bool
 ) -> None:
-    store = Store(backend)
-    expected = tree(source)
+    store = Store(backend, keyring)
     before: list[CheckpointId] = []
     complete = 0
     for n in itertools.count(1):
         id, second = CheckpointId(n, 1), CheckpointId(n, 2)
+        (source / "core.img").write_bytes(os.urandom(9000))
+        expected = tree(source)
         failing = Failing(backend, n, after=after)
         with contextlib.suppress(StoreUnavailable):
-            Store(cast(Backend, failing)).publish(job, id, source, {})
+            Store(cast(Backend, failing), keyring).publish(job, id, source, {})
         if not failing.has_failed:
             break
         seen = [checkpoint.id for checkpoint in store.checkpoints(job)]
@@ -340,7 +342,7 @@ def test_publish_that_fails_anywhere_leaves_all_or_nothing(
         store.publish(job, second, source, {})
         assert store.checkpoints(job)[0].id == second
         store.forget(job, 1)
-        assert [entry.name for entry in backend.list("jobs/testbed/17/data")] == [f"{n}-2.bin"]
+        assert not [entry.name for entry in backend.list("jobs/testbed/17/packs") if "tmp" in entry.name]
         before = [second]
 
     assert n > 9

@@ -27,9 +27,10 @@ LARGE = 96 << 20
 
 
 @pytest.fixture
-def server(start_sshd: StartSshd) -> Iterator[SshServer]:
+def server(start_sshd: StartSshd, transport: str) -> Iterator[SshServer]:
     """A server of this test's own, to be mistreated."""
     server = start_sshd()
+    server.transport = transport
     yield server
     server.resume()
     server.kill()
@@ -104,7 +105,8 @@ def test_server_killed_in_the_middle_of_an_upload_leaves_nothing_half_visible(
         store.publish(job, third, large, {})
         assert store.forget(job, 1) == 1
         assert [checkpoint.id for checkpoint in store.checkpoints(job)] == [third]
-        assert [path.name for path in (top / "jobs/testbed/17/data").iterdir()] == ["0-3.bin"]
+        files = (path for path in (top / "jobs/testbed/17").rglob("*.*") if path.is_file())
+        assert {path.suffix for path in files} == {".ck", ".pack"}
 
 
 def test_server_killed_in_the_middle_of_a_download_leaves_nothing_behind(
@@ -263,8 +265,9 @@ def test_host_without_an_address_is_unavailable(server: SshServer, top: Path, jo
         store.checkpoints(job)
 
 
-def test_read_only_server_is_refused(start_sshd: StartSshd, job: JobKey, source: Path) -> None:
+def test_read_only_server_is_refused(start_sshd: StartSshd, transport: str, job: JobKey, source: Path) -> None:
     server = start_sshd(sftp="internal-sftp -R")
+    server.transport = transport
     with open_store(server.config(server.served)) as store:
         assert store.checkpoints(job) == []
         for call in (

@@ -345,9 +345,11 @@ def test_lease_that_is_no_file_name_is_refused(store: Store, job: JobKey) -> Non
 
 
 def test_stored_json_is_plain(store: Store, job: JobKey, top: Path) -> None:
-    store.put_record(job, "start", {"a": "ü\n"})
+    store.put_record(job, "start", {"a": "ü\n", "node": "ü"})
 
-    assert json.loads((top / "jobs/testbed/17/records/start.json").read_text("ascii")) == {"a": "ü\n"}
+    stored = json.loads((top / "jobs/testbed/17/records/start.json").read_text("ascii"))
+    assert stored["public"] == {"node": "ü"}
+    assert set(stored) == {"public", "sealed"}
 
 
 def test_closed_store_opens_itself_again(store: Store, job: JobKey, source: Path) -> None:

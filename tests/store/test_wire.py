@@ -19,6 +19,7 @@ import pytest
 from outlast.errors import StoreUnavailable
 from outlast.model import CheckpointId, JobKey, Lease
 from outlast.store import Store, _wire
+from outlast.store._keys import Keyring
 from outlast.store._remote import SftpBackend
 from outlast.store._sftp import Server
 from outlast.store._wire import Lost, Status, Wire
@@ -178,7 +179,7 @@ def test_packet_that_is_no_sftp_ends_the_session(start: Start, binary: str) -> N
 
 
 def test_publish_over_a_link_that_breaks_anywhere_leaves_all_or_nothing(
-    start: Start, binary: str, tmp_path: Path, job: JobKey, source: Path
+    start: Start, binary: str, tmp_path: Path, job: JobKey, source: Path, keyring: Keyring
 ) -> None:
     (source / "deep/hole").unlink()
     top = tmp_path / "store"
@@ -189,7 +190,7 @@ def test_publish_over_a_link_that_breaks_anywhere_leaves_all_or_nothing(
         top.mkdir()
         link = start(lambda n=n: Breaking(binary, n))  # type: ignore[misc]
         try:
-            Store(backend_over(link, top)).publish(job, CheckpointId(0, 1), source, {})
+            Store(backend_over(link, top), keyring).publish(job, CheckpointId(0, 1), source, {})
         except StoreUnavailable:
             pass
         else:
@@ -197,7 +198,7 @@ def test_publish_over_a_link_that_breaks_anywhere_leaves_all_or_nothing(
         finally:
             link.close()  # the server ends its work first
 
-        store = Store(backend_over(start(lambda: Pipe(binary)), top))
+        store = Store(backend_over(start(lambda: Pipe(binary)), top), keyring)
         seen = [checkpoint.id for checkpoint in store.checkpoints(job)]
         complete += bool(seen)
         for id in seen:
@@ -206,7 +207,7 @@ def test_publish_over_a_link_that_breaks_anywhere_leaves_all_or_nothing(
             store.publish(job, CheckpointId(0, 2), source, {})
             assert store.forget(job, 1) == len(seen)
             files = [path for path in top.rglob("*") if path.is_file()]
-            assert sorted(path.name for path in files) == ["0-2.bin", "0-2.json"]
+            assert sorted(path.suffix for path in files) == [".ck", ".pack"]
         store.close()
 
     assert n > 20
@@ -215,10 +216,10 @@ def test_publish_over_a_link_that_breaks_anywhere_leaves_all_or_nothing(
 
 @pytest.mark.parametrize("extensions", ["", "-P posix-rename,fsync,limits,statvfs"])
 def test_steady_state_takes_one_round_trip(
-    start: Start, binary: str, tmp_path: Path, job: JobKey, extensions: str
+    start: Start, binary: str, tmp_path: Path, job: JobKey, keyring: Keyring, extensions: str
 ) -> None:
     link = start(lambda: Pipe(binary, *extensions.split()))
-    store = Store(backend_over(link, tmp_path))
+    store = Store(backend_over(link, tmp_path), keyring)
     lease = Lease(job, 0, "n1", 2000)
     store.renew_lease(lease)
     store.put_record(job, "start", {})
@@ -230,10 +231,10 @@ def test_steady_state_takes_one_round_trip(
 
 
 def test_looking_at_many_leases_takes_as_long_as_at_one(
-    start: Start, binary: str, tmp_path: Path, job: JobKey
+    start: Start, binary: str, tmp_path: Path, job: JobKey, keyring: Keyring
 ) -> None:
     link = start(lambda: Pipe(binary))
-    store = Store(backend_over(link, tmp_path))
+    store = Store(backend_over(link, tmp_path), keyring)
     turns = set()
     for count in range(1, 60):
         store.renew_lease(Lease(JobKey("testbed", str(count)), 0, "n1", 2000))

@@ -5,6 +5,7 @@ directory and write down what they are told to do; only the addresses of the nod
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from outlast.errors import StoreRefused
 from outlast.model import CheckpointId, JobKey, Lease
 from outlast.scheduler import SchedulerUnavailable
 from outlast.scheduler.slurm import SlurmScheduler
-from outlast.store import Store, open_store
+from outlast.store import Store, add_key, open_store
 from outlast.watcher.decisions import DropLease, Exclude, Leave, MarkDown, Readmit, Requeue
 from outlast.watcher.loop import Loop
 
@@ -49,11 +50,13 @@ class Site:
         shutil.copytree(DATA / "bin", here / "bin")
         lines = [f"{key} = {value}" for key, value in {"cycle": 0.1, "exclude": 60, **watcher}.items()]
         (here / "outlast.toml").write_text(
-            f'cluster = "c"\n[store]\nurl = "file://{here}/store"\n[lease]\nrenew = 0.1\nttl = 1.0\n'
+            f'cluster = "c"\n[store]\nurl = "file://{here}/store"\nkey = "{here}/no.key"\n[lease]\nrenew = 0.1\nttl = 1.0\n'
             f'[watcher]\nsocket = "{here}/run/watcher.sock"\n' + "\n".join(lines) + "\n"
         )
         self.config: Config = read_config(here / "outlast.toml")
-        self.store: Store = open_store(self.config.store)
+        # The store as a node opens it; the watcher has no key.
+        add_key(here / "data.key")
+        self.store: Store = open_store(dataclasses.replace(self.config.store, key=here / "data.key"))
 
     def show(self, now: str, *, port: int, jobs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Have Slurm print the capture *now*, and "lost" once it was told that a node is down.

@@ -239,11 +239,12 @@ static const char *watch(pid_t pid, long options, struct order *order)
 				continue;
 			if (registers.orig_rax == SYS_rt_sigprocmask && ++masked == 2)
 				return problem;
-			if (registers.orig_rax == SYS_clone && (long) registers.rax < 0)
-				problem = strerror(-(int) registers.rax);
-			else if (order->call != 0 && registers.orig_rax == (unsigned long) order->call &&
-				 (long) registers.rax < 0)
-				problem = strerror(-(int) registers.rax);
+			const long result = (long) registers.rax;
+			const bool matters = registers.orig_rax == SYS_clone ||
+					     (order->call != 0 && registers.orig_rax == (unsigned long) order->call);
+			/* The kernel makes a call with one of its own errors again. */
+			if (matters && result < 0 && result > -ERESTARTSYS)
+				problem = strerror((int) -result);
 		}
 	}
 }

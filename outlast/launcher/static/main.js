@@ -9,7 +9,7 @@ import { Timeline } from "./timeline.js";
 import { $, ago, element, milliseconds, setText, size, time } from "./words.js";
 
 let chosen = null;
-let facts = { actions: [], partitions: [], home: "" };
+let facts = { partitions: [], home: "" };
 
 const messages = new Messages();
 const timeline = new Timeline();
@@ -103,7 +103,7 @@ function showJob() {
     if (row.nodes) list.push(["Node", row.nodes]);
     list.push(["Partition", row.partition], ["Restarts", String(row.restarts)]);
     list.push(["Checkpoints", row.watched ? (row.newest ? `newest ${ago(row.newest.created)}` : "none yet") : "not with --checkpoint, or not started yet"]);
-    if (row.submitted) list.push(["Submitted", time(row.submitted)]);
+    if (row.submitted) list.push([row.restarts ? "Requeued" : "Submitted", time(row.submitted)]);
     if (row.ended) list.push(["Ended", time(row.ended) + (row.exit !== "" ? `, exit ${row.exit}` : "")]);
     list.push(["Directory", row.directory]);
   }
@@ -117,12 +117,10 @@ function showJob() {
     checkpoint: row?.kind === "running" && row.watched,
     hold: (row?.kind === "running" && row.watched) || row?.kind === "pending",
     release: row?.kind === "held",
-    migrate: row?.kind === "running" && row.watched,
     cancel: ["pending", "held", "running", "lost"].includes(row?.kind),
   };
   for (const button of $("actions").querySelectorAll("button")) {
     const name = button.dataset.action;
-    button.hidden = !facts.actions.includes(name);
     // Not "disabled": a button must not lose the keyboard's focus when its job's state changes.
     button.setAttribute("aria-disabled", String(!may[name]));
   }

@@ -16,6 +16,7 @@ export function read(events, row, now) {
   const runs = [];
   const checkpoints = new Map();
   const failures = [];
+  const dumps = new Map(); // where each checkpoint began, by "epoch.sequence"
   let dump = null;
   let open = null;
   const close = (at, how) => {
@@ -34,7 +35,10 @@ export function read(events, row, now) {
       close(at, "lost");
     }
     if (open && node === open.node) open.last = at;
-    if (word === "dump") dump = at;
+    if (word === "dump") {
+      dump = at;
+      dumps.set(/ ([0-9]+\.[0-9]+) /.exec(event.text)?.[1], { node, begin: at });
+    }
     if (word === "checkpoint") {
       const ship = typeof event.ship_s === "number" ? event.ship_s : 0;
       checkpoints.set(event.checkpoint, {
@@ -49,11 +53,12 @@ export function read(events, row, now) {
   }
   for (const [index, run] of runs.entries()) {
     const later = runs.slice(index + 1).find((other) => other.from || other.word === "started");
-    const kept = later?.from && checkpoints.get(later.from);
-    // What was computed after the checkpoint that the job went on from, it computes again.
-    if (later && later === runs[index + 1]) {
-      run.again = kept && kept.node === run.node && kept.begin >= run.start ? kept.begin : kept ? null : run.start;
-    }
+    if (!later || later !== runs[index + 1]) continue;
+    // What was computed after the checkpoint that the job went on from, it computes again. A node that died
+    // may have told of that checkpoint's beginning only.
+    const kept = later.from && (checkpoints.get(later.from) || dumps.get(later.from.split("@")[1]));
+    if (!later.from) run.again = run.start;
+    else if (kept && kept.node === run.node && kept.begin >= run.start) run.again = kept.begin;
   }
   return { runs, checkpoints: [...checkpoints.values()], failures, nodes: [...new Set(runs.map((run) => run.node))] };
 }

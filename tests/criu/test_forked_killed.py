@@ -1,0 +1,119 @@
+"""Killing CRIU in the middle of a dump costs a job no more where the dump is a forked one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from criu_backend import CriuError
+from tests.criu.capsules import Job, Place
+from tests.criu.waiting import eventually
+
+pytestmark = pytest.mark.criu
+
+_ROUNDS = int(os.environ.get("OUTLAST_TEST_KILLS", "60"))
+
+_COUNTING = """
+    data = bytearray(os.urandom(16 << 20))
+    for _ in range(2): threading.Thread(target=time.sleep, args=[600], daemon=True).start()
+    say("ready")
+    number = 0
+    while True:
+        number += 1
+        data[number * 4096 % len(data)] = number % 256
+        open("count.new", "w").write(str(number))
+        os.rename("count.new", "count")
+        time.sleep(0.002)
+"""
+
+
+def counting(place: Place) -> Job:
+    (place.path / "count").unlink(missing_ok=True)
+    before = place.output.stat().st_size if place.output.exists() else 0
+    job = place.python(_COUNTING)
+    eventually(lambda: place.output.stat().st_size > before, "the job is ready")
+    eventually((place.path / "count").exists, "the job counts")
+    return job
+
+
+def goes_on(place: Place, job: Job) -> bool:
+    count = place.path / "count"
+    before = int(count.read_text())
+    until = time.monotonic() + 5
+    while time.monotonic() < until and job.capsule.alive:
+        if int(count.read_text()) > before + 2:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def criu_of(images: Path) -> list[int]:
+    """The CRIU that dumps into *images*, but not the program that it was started by."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = cmdline.read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if words[0].endswith(b"criu") and os.fsencode(images) in words:
+            found.append(int(cmdline.parent.name))
+    return found
+
+
+def kill_at(images: Path, delay: float, killed: list[int]) -> None:
+    """Kill the CRIU that dumps into *images* so many seconds after it has begun to write."""
+    until = time.monotonic() + 10
+    while not (images / "dump.log").exists() and time.monotonic() < until:
+        time.sleep(0.0002)
+    pids = criu_of(images)
+    time.sleep(delay)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        except ProcessLookupError:
+            pass
+
+
+def kill_again_and_again(place: Place, mode: str) -> tuple[int, int]:
+    """Return how many dumps were killed, and how many jobs died of it."""
+    job = counting(place)
+    killed = died = 0
+    chance = random.Random(1)  # noqa: S311 - moments, not secrets
+    for _ in range(_ROUNDS):
+        images = place.images()
+        victims: list[int] = []
+        killer = threading.Thread(target=kill_at, args=(images, chance.uniform(0, 0.06), victims))
+        killer.start()
+        try:
+            place.criu.dump(job.capsule, images, lambda: None, mode=mode).close()
+        except CriuError:
+            killed += 1
+        killer.join()
+        if not goes_on(place, job):
+            died += 1
+            place.end()
+            job = counting(place)
+    init = job.capsule.init_pid
+    eventually(
+        lambda: Path(f"/proc/{init}/task/{init}/children").read_text().split() == [str(job.pid)],
+        "no twin is left",
+    )
+    return killed, died
+
+
+@pytest.mark.timeout(600)
+def test_killing_criu_costs_a_job_no_more_with_forked_dumps(user_place: Place) -> None:
+    figures = {mode: kill_again_and_again(user_place, mode) for mode in ("plain", "forked")}
+    for mode, (killed, died) in figures.items():
+        print(f"{mode}: {killed} of {_ROUNDS} dumps killed, {died} jobs died")
+
+    assert min(killed for killed, _ in figures.values()) > _ROUNDS / 4
+    # Both can kill in the phase that they have in common; what is left is chance.
+    assert figures["forked"][1] <= figures["plain"][1] + 2
