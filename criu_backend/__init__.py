@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
 from criu_backend._criu import Criu, CriuError, error_from_log
+from criu_backend._explain import Finding, explain
 from criu_backend._images import pycriu_version
 from criu_backend._memory import Memory, put_back
 from criu_backend._postcopy import PageServer, write_eager_pages
@@ -17,11 +18,13 @@ __all__ = [
     "Criu",
     "CriuError",
     "DumpResult",
+    "Finding",
     "Memory",
     "PageServer",
     "SelfTest",
     "best_mode",
     "error_from_log",
+    "explain",
     "known_self_test",
     "put_back",
     "pycriu_version",

@@ -23,6 +23,7 @@ from criu_backend._capsule import (
     enter_command,
     restore_capsule,
 )
+from criu_backend._explain import way_out
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, require_owner, statistics
 from criu_backend._postcopy import PageServer
@@ -50,6 +51,16 @@ _HINTS = (
     ),
     (re.compile(r"half of stream unix connection"), "the job talks to a daemon over a unix socket; close it"),
     (re.compile(r"Can't dump .*/dev/nvidia|/dev/kfd"), "GPU state needs CRIU's GPU plugins"),
+    (re.compile(r"chr 10:229"), way_out("fuse")),
+    (re.compile(r"userfaultfd"), way_out("userfaultfd")),
+    (re.compile(r"perf_event"), way_out("perf")),
+    (re.compile(r"anon_inode:bpf"), way_out("bpf")),
+    (re.compile(r"Can't dump file \d+ of that type"), way_out("device")),
+    # Those of a POSIX message queue alone are on a file system that is not mounted.
+    (re.compile(r"Can't lookup mount=\d+ for fd=\d+ path=/[^/]*$"), way_out("message-queue")),
+    (re.compile(r"link remap"), way_out("deleted-linked")),
+    (re.compile(r"Unable to convert uid or gid"), way_out("user-namespace")),
+    (re.compile(r"have a proper root mount"), way_out("mount-namespace")),
     (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
     (re.compile(r"nested (pid|user|mnt) namespace"), "containers inside the job cannot be dumped"),
     (re.compile(r"has bad size"), "a file that the job had open has changed since the checkpoint"),
@@ -160,9 +171,9 @@ class Criu:
             tcp: "established" keeps TCP connections (those within the job), "close" drops them.
             external: values for CRIU's --external.
             lock_fd: a descriptor that CRIU keeps open, so that a lock on it outlives this process.
-            mode: "plain" writes the memory while the job stands still; "forked" has twins made of its processes,
-                and "lazy" does so without the help of LD_PRELOAD. Where there can be no twins the
-                result is "plain", and says why.
+            mode: "plain" writes the memory while the job stands still; "forked" has twins made of its
+                processes, and "lazy" does so without LD_PRELOAD, which takes longer. Where there can be no
+                twins the result is "plain", and says why.
 
         Raises:
             CriuError: there is no image; the job is unharmed.

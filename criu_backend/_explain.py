@@ -17,9 +17,7 @@ from criu_backend._peers import Connections, Endpoint
 GHOST_LIMIT = 1 << 30
 
 # Descriptors without a file that CRIU knows. Source: criu 4.2, criu/files.c, dump_one_file().
-_KNOWN_ANONYMOUS = frozenset(
-    ("eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "timerfd", "pidfd")
-)
+_KNOWN_ANONYMOUS = frozenset(("eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "timerfd", "pidfd"))
 # Character devices that CRIU opens again: (major, minors or None for all). Source: criu/files.c, dump_chrdev();
 # Linux, Documentation/admin-guide/devices.txt.
 _KNOWN_DEVICES: Mapping[int, frozenset[int] | None] = {
@@ -60,8 +58,14 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     "device-memory": ("memory of the device {}", "unmap it when it has been used"),
     "user-namespace": ("a user namespace of its own (a container)", "run the program without the container"),
     "pid-namespace": ("a PID namespace of its own (a container)", "run the program without the container"),
-    "mount-namespace": ("a mount namespace of its own (a container)", "run the program without the container"),
-    "net-namespace": ("a network namespace of its own (a container)", "run the program without the container"),
+    "mount-namespace": (
+        "a mount namespace of its own (a container)",
+        "run the program without the container",
+    ),
+    "net-namespace": (
+        "a network namespace of its own (a container)",
+        "run the program without the container",
+    ),
     "traced": ("it is traced by process {} (strace, gdb)", "checkpoints work once that has ended"),
     "deleted-large": ("a deleted file of {}", "at most 1 GiB goes with a checkpoint: do not delete it"),
     "deleted-linked": ("{}, deleted, but with another name", "open the file by the name that it has now"),

@@ -113,7 +113,7 @@ def _entries(held: Sequence[Range], lazy: Sequence[Range], stacks: Sequence[Rang
 
 
 def _lazy_ranges(images: Path, pid: int) -> list[Range]:
-    """Return the memory that a restore may fetch late. Source: criu/include/vma.h, vma_entry_can_be_lazy()."""
+    """Return the memory that a restore may fetch late. Source: criu/include/vma.h, vma_entry_can_be_lazy."""
     found = []
     for vma in entries(images / f"mm-{pid}.img")[0]["vmas"]:
         flags, status = _number(vma["flags"]), _number(vma["status"])

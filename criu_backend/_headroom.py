@@ -1,7 +1,7 @@
 """How much memory a job may still take, by its memory cgroups and the machine: what twins cost it.
 
-A twin shares its process's memory until that is written to; each page that the process then writes is copied, and
-counts as the job's.
+A twin shares its process's memory until that is written to; each page that the process then writes is
+copied, and counts as the job's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MIB = 1 << 20
-# Before: this share of the tree's memory, and this much, must be free. While twins live: this share of the limit.
+# To begin with: what must be free, of the tree's memory, and at least. While twins live: of the limit.
 _SHARE_TO_BEGIN = 0.10
 _LEAST_TO_BEGIN = 32 * _MIB
 _SHARE_TO_GO_ON = 0.05

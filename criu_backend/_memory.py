@@ -21,8 +21,8 @@ Run = tuple[int, int, int]
 class Memory(Protocol):
     """The pages of one file `pages-K.img`, which need not exist as a file.
 
-    *name* is that file's; *runs* are its pages in its order: (space, vaddr, pages), where *space* tells address
-    spaces apart, *vaddr* is a multiple of the page size, 4096 bytes, and *pages* is at least 1.
+    *name* is that file's; *runs* are its pages in its order: (space, vaddr, pages), where *space* tells
+    address spaces apart, *vaddr* is a multiple of the page size, 4096 bytes, and *pages* is at least 1.
     """
 
     name: str
@@ -115,7 +115,7 @@ def take_pages(images: Path, aside: Path) -> list[FileMemory]:
 
 
 def put_back(memories: Sequence[Memory], images: Path) -> None:
-    """Write the pages files that *memories* stand for into the directory *images*, as a restore wants them."""
+    """Write the pages files that *memories* stand for into *images*, as a restore wants them."""
     buffer = memoryview(bytearray(1 << 20))
     for memory in memories:
         with (images / memory.name).open("xb") as file:

@@ -33,8 +33,8 @@ class Entry:
 class PageMap:
     """One page map. *pages_id* is the number in the name of its pages file.
 
-    *head* is what comes before the entries, byte for byte; *old_count* tells that the number of pages is where
-    CRIU before 4.2 has it.
+    *head* is what comes before the entries, byte for byte; *old_count* tells that the number of pages is
+    where CRIU before 4.2 has it.
     """
 
     pages_id: int

@@ -39,7 +39,9 @@ class Connections:
             with contextlib.suppress(FileNotFoundError):
                 for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                     fields = line.split()
-                    end = Endpoint(_address(fields[1]), _address(fields[2]), fields[3] not in (_LISTEN, _CLOSE))
+                    end = Endpoint(
+                        _address(fields[1]), _address(fields[2]), fields[3] not in (_LISTEN, _CLOSE)
+                    )
                     if int(fields[9]):
                         self._tcp[int(fields[9])] = end
                     elif end.connected:
@@ -70,9 +72,13 @@ class Connections:
     def _ask_monitor(self) -> None:
         """Ask for all connected UNIX sockets but datagram ones, which CRIU opens again."""
         # family, protocol, states (all), inode, what to show, cookie
-        request = struct.pack("=BBHIII8s", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_NAME | _SHOW_PEER, bytes(8))
+        request = struct.pack(
+            "=BBHIII8s", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_NAME | _SHOW_PEER, bytes(8)
+        )
         header = struct.pack("=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as monitor:
+        with socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
+        ) as monitor:
             monitor.settimeout(1)
             monitor.send(header + request)
             while self._read(monitor.recv(1 << 18)):

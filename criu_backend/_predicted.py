@@ -9,8 +9,8 @@ from pathlib import Path
 from criu_backend._images import ImageError
 from criu_backend._twins import Twin
 
-# The flags of a mapping that CRIU reads. Locking is left out: it is not inherited by a twin, and verified while the
-# process stands still. Source: criu 4.2, criu/proc_parse.c, __parse_vmflags().
+# The flags of a mapping that CRIU reads. Locking is left out: a twin does not inherit it, and it is verified
+# while the process stands still. Source: criu 4.2, criu/proc_parse.c, __parse_vmflags().
 _READ = frozenset(("gd", "nr", "ht", "dp", "sr", "rr", "dd", "mg", "hg", "nh", "wf", "io", "pf", "ss"))
 _NOT_COPIED = "dc"
 

@@ -20,8 +20,9 @@ class DumpResult:
     """A dump: the job runs again, and its memory is to be read from *memories* before `close`.
 
     *mode* is how it was made: "forked", "lazy" (forked, by CRIU's own lazy pages) or "plain"; *reason* says
-    why it is "plain", or in part, where something else was asked for. The job stood still for *pause* seconds,
-    of which *copy_seconds* went into copying page tables; *image_bytes* is the size of all, memory included.
+    why it is "plain", or in part, where something else was asked for. The job stood still for *pause*
+    seconds, of which *copy_seconds* went into copying page tables; *image_bytes* is the size of all, memory
+    included.
     """
 
     pause: float

@@ -1,7 +1,7 @@
 """Whether checkpoints work on this node, found out by making one of a small program and bringing it back.
 
-What a kernel, a CRIU and their versions can do together is known only afterwards; so each way of dumping is tried
-on a canary first, and what did not bring it back whole is not used for jobs.
+What a kernel and a CRIU can do together is known only afterwards; so each way of dumping is tried on a canary
+first, and what did not bring it back whole is not used for jobs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LADDER = ("forked", "lazy", "plain")
 _SECONDS = 20.0
 _MIB = 16
 
-# A parent and a child, each with memory that it knows the sum of and a thread that goes on changing other memory.
+# A parent and a child, each with memory that it knows the sum of, and a thread that goes on changing more.
 # Each answers to a file "ask.N" with a file "answer.N.WHO".
 _CANARY = """
 import hashlib, os, sys, threading, time
@@ -91,7 +91,7 @@ class SelfTest:
 
 
 def self_test(criu: Criu | None = None, cache: Path = CACHE) -> SelfTest:
-    """Try every way of dumping on this node, which takes a second or two, and remember the outcome in *cache*.
+    """Try every way of dumping on this node, which takes some seconds, and remember the outcome in *cache*.
 
     Two at a time do it once. Must be called as root. Raises OSError where *cache* cannot be written.
     """
@@ -111,7 +111,7 @@ def self_test(criu: Criu | None = None, cache: Path = CACHE) -> SelfTest:
 
 
 def known_self_test(criu: Criu | None = None, cache: Path = CACHE) -> SelfTest | None:
-    """Return what `self_test` found out on this kernel with this CRIU and this Outlast, None where it has not."""
+    """Return what `self_test` found out with this kernel, this CRIU and this Outlast; None if it has not."""
     try:
         found = json.loads(cache.read_text())
         result = SelfTest(found["key"], tuple(Trial(**trial) for trial in found["trials"]))
@@ -234,9 +234,10 @@ def _await(path: Path) -> None:
 
 
 def best_mode(wanted: str, criu: Criu | None = None, cache: Path = CACHE) -> tuple[str, str | None]:
-    """Return the way of dumping to use for *wanted* ("auto", "forked", "lazy" or "plain"), and why not *wanted*.
+    """Return the way of dumping to use for *wanted*, and why it is another.
 
-    No way but "plain" is used before the node's self-test has shown that it works.
+    *wanted* is "auto", "forked", "lazy" or "plain". No way but "plain" is used before the self-test has
+    shown that it works.
     """
     if wanted == "plain":
         return "plain", None

@@ -29,7 +29,7 @@ def has_connections(pids: Iterable[int]) -> bool:
 
 
 def _connected(pid: int) -> set[str]:
-    """Return the inodes of the TCP sockets in *pid*'s network namespace that are neither closed nor listening."""
+    """Return the inodes of the TCP connections in the network namespace of *pid*."""
     found = set()
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):

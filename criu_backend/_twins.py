@@ -1,7 +1,7 @@
 """Twins: the copy-on-write copies of a job's processes that a forked dump leaves behind, until they are read.
 
 native/twin makes them. Each is a child of the capsule's init, parked, and ends by itself when the counter in
-its memory has not been counted up for a minute: so none outlives its reader for long, whatever happens to that.
+its memory has not been counted up for a minute: so none outlives its reader for long.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TASK_SIZE = 0x7FFFFFFFF000  # x86-64 with page tables of four levels: what CRIU
 
 
 class Twin:
-    """The twin of the process that its images call *pid*. *pidfd* keeps its PID, here *here*, from being reused."""
+    """The twin of the process that the images call *pid*; *here* is its own PID as this process sees it."""
 
     def __init__(self, pid: int, here: int, beat: int, copy_seconds: float) -> None:
         self.pid = pid
@@ -128,8 +128,11 @@ class Keeper:
 
 
 def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int], float]:
-    """Return the twins that a dump into the directory *images* left in *capsule*, and the PIDs, as the images
-    have them, of processes that have none.
+    """Return the twins that a dump left, the PIDs of processes without one, and the seconds of the pause.
+
+    Args:
+        capsule: that of the tree.
+        images: what was dumped into; PIDs are those in it.
 
     Raises:
         OSError: a twin has ended already.

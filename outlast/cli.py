@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import outlast
-from outlast import control
+from outlast import control, storekeeper
 from outlast.config import DEFAULT_PATH, Config, read_config
 from outlast.control import Peer
 from outlast.errors import ConfigError, OutlastError, UsageError
@@ -245,9 +245,7 @@ def _launcher(args: argparse.Namespace) -> None:
 
 def _store(args: argparse.Namespace) -> None:
     """Make the key of the checkpoint store; check, tidy and measure it (for root on a node)."""
-    from outlast import storekeeper
-
-    storekeeper.run(_config(args), args)
+    storekeeper.run(_config(args), args, print)
 
 
 def _hook(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ class StoreConfig:
     key: Path = Path("/etc/outlast/data.key")  # what checkpoints are encrypted with; read by root, on nodes
     quota: str = ""  # what a job may have in the store, such as "50G"; "" is any amount
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
-    transport: str = "auto"  # what speaks SSH: "openssh", its client, or "paramiko"; auto: ssh if there is one
+    transport: str = "auto"  # what speaks SSH: "openssh" or "paramiko"; auto: OpenSSH if it is there
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
@@ -53,7 +53,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints of a job that are kept in the store
     criu: str = "criu"
     tcp: str = "established"
-    mode: str = "auto"  # how memory is saved: "auto", "forked", "lazy" or "plain", see docs/adr/0010-forked-checkpoints.md
+    mode: str = "auto"  # how memory is dumped; docs/adr/0006-forked-checkpoints.md
     spool: Path = Path("/run/outlast/jobs")
 
     def __post_init__(self) -> None:
@@ -71,6 +71,13 @@ class RestartConfig:
 
     store_wait: int = 3600  # seconds that a requeued job waits for a store that does not answer
     start_wait: int = 5  # seconds that a new job's start waits for the store
+    at_time_limit: bool = True  # a job that comes to its time limit is saved and queued again
+    post_copy: str = "auto"  # or "on" or "off": whether a job runs before all its memory is fetched
+    pages_wait: int = 60  # seconds that a job stands still for a page while the store does not answer
+
+    def __post_init__(self) -> None:
+        if self.post_copy not in ("auto", "on", "off"):
+            raise ValueError(f'post_copy = "{self.post_copy}": must be "auto", "on" or "off"')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ _JOB_ID = ("OUTLAST_JOB_ID", "SLURM_JOB_ID")
 _EPOCH = ("OUTLAST_EPOCH", "SLURM_RESTART_COUNT")
 _MANAGER_SECONDS = 20.0
 _TEMPORARY_FAILURE = 75
+# How long the manager may take to save the job before a signal that ends it is forwarded.
+_ASK_SECONDS = 120.0
 # Not forwarded: those that cannot be caught, that tell of the shim's own faults, and of its children.
 _OWN = {
     "SIGKILL",
@@ -147,6 +149,8 @@ class Shim:
         self.started = False
         self.attached = False
         self.manager_gone = False
+        self.ask: "list[int]" = []  # signals that the manager decides on
+        self.asked: "dict[int, float]" = {}  # those that it was asked about, and until when that may take
         self.capsule_gone = False
         self.wake_read, wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
@@ -159,6 +163,7 @@ class Shim:
 
     def run(self, manager: socket.socket) -> int:
         """Have the job run in a capsule; return its wait status."""
+        self.manager = manager
         hello = json.dumps({"op": "hello", "argv": self.argv, "interval": self.interval}).encode() + b"\n"
         fds = array.array("i", [0, 1, 2, self.capsule_end.fileno()])
         manager.sendmsg([hello[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -168,7 +173,9 @@ class Shim:
         for fd in (manager.fileno(), self.status.fileno(), self.wake_read):
             poll.register(fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(self.patience())}
+            for number in [number for number, until in self.asked.items() if time.monotonic() >= until]:
+                self.forward(number)
             if self.wake_read in ready:
                 self.forward_signals()
             if self.status.fileno() in ready:
@@ -180,6 +187,8 @@ class Shim:
             if manager.fileno() in ready and not self.read_manager(manager):
                 poll.unregister(manager.fileno())
                 self.manager_gone = True
+                for number in list(self.asked):
+                    self.forward(number)
             if self.capsule_gone and self.started:
                 # Gone without a word: somebody killed its init, and the kernel the job with it.
                 return int(signal.SIGKILL)
@@ -194,10 +203,29 @@ class Shim:
                 die_by(number)
             if self.attached:
                 continue
-            try:
-                self.status.send(struct.pack("=i", number))
-            except OSError:
-                return  # the job has just ended; its status follows
+            if number in self.ask and number not in self.asked and not self.manager_gone:
+                try:
+                    self.manager.sendall(json.dumps({"op": "signal", "number": number}).encode() + b"\n")
+                except OSError:
+                    self.forward(number)
+                else:
+                    self.asked[number] = time.monotonic() + _ASK_SECONDS
+            elif number not in self.asked:
+                self.forward(number)
+
+    def forward(self, number: int) -> None:
+        """Have the capsule's init send the job a signal."""
+        self.asked.pop(number, None)
+        try:
+            self.status.send(struct.pack("=i", number))
+        except OSError:
+            pass  # the job has just ended; its status follows
+
+    def patience(self) -> "float | None":
+        """Return for how many milliseconds at most to wait for anything to happen."""
+        if not self.asked:
+            return None
+        return max(0.0, min(self.asked.values()) - time.monotonic()) * 1000
 
     def read_manager(self, manager: socket.socket) -> bool:
         """Do what the manager says; return False once it has hung up."""
@@ -215,6 +243,9 @@ class Shim:
                 say(message["text"])
             elif operation == "started":
                 self.started = True
+                self.ask = message.get("ask", [])
+            elif operation == "forward":
+                self.forward(message["number"])
             elif operation == "attached":
                 # The scheduler signals the job's own session too: forwarded, a signal would come twice.
                 self.attached = True

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlast.config import Config
 from outlast.errors import CorruptCheckpoint, UsageError
 from outlast.model import CheckpointId, JobKey, parse_checkpoint_name, parse_interval
-from outlast.store import Policy, Store, add_key, open_store, read_keyring
+
+if TYPE_CHECKING:
+    # Otherwise imported where it is used: every command makes this parser, and few need a store.
+    from outlast.store import Store
 
 _ENDED, _LOST, _GRACE = "7d", "30d", "2d"
 
@@ -34,7 +37,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub = verb("forget", _forget)
     sub.add_argument("job", metavar="JOB")
     sub.add_argument("--keep-last", type=int, default=1, metavar="N", help="keep the newest N (1)")
-    sub.add_argument("--keep-within", metavar="TIME", help="keep those made within 30m, 12h, 2d of the newest")
+    sub.add_argument(
+        "--keep-within", metavar="TIME", help="keep those made within 30m, 12h, 2d of the newest"
+    )
     sub.add_argument("--keep-hourly", type=int, default=0, metavar="N", help="keep one of each of N hours")
     sub.add_argument("--keep-daily", type=int, default=0, metavar="N", help="keep one of each of N days")
     sub = verb("prune", _prune)
@@ -46,17 +51,15 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb(name, act).add_argument("checkpoint", metavar="CHECKPOINT", help="its name, such as 17@1.4")
 
 
-def run(config: Config, args: argparse.Namespace) -> None:
-    """Do what *args* say, and print what came of it. Raises OutlastError."""
+def run(config: Config, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Do what *args* say, and say what came of it. Raises OutlastError."""
     answer = args.act(config, args)
-    if args.json:
-        print(json.dumps(answer))
-    else:
-        for line in answer.pop("text"):
-            print(line)
+    lines = answer.pop("text")
+    for line in [json.dumps(answer)] if args.json else lines:
+        say(line)
     if answer.get("damaged"):
         raise CorruptCheckpoint(
-            f"{len(answer['damaged'])} checkpoints are damaged", hint="those before and after them are not"
+            f"{len(answer['damaged'])} checkpoints are damaged", hint="jobs go on from those that are good"
         )
 
 
@@ -66,6 +69,8 @@ def _init(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     A key that is there stays, and with --rotate it is kept to read what it encrypted. Copy the file to all
     nodes, and keep a copy elsewhere: without it no checkpoint can be read.
     """
+    from outlast.store import add_key, read_keyring
+
     path = config.store.key
     made = args.rotate or not path.exists()
     if made:
@@ -85,7 +90,7 @@ def _check(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """
     good, pages = [], 0
     damaged = []
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         for job in _jobs(config, store, args.job):
             for id in store.published(job):
                 name = id.name(job.job_id)
@@ -98,17 +103,20 @@ def _check(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 else:
                     good.append(name)
     text = [f"{one['checkpoint']}: {one['why']}" for one in damaged]
-    text.append(f"{len(good)} good, {len(damaged)} damaged" + (f", {pages} pages read" if args.read_data else ""))
+    read = f", {pages} pages read" if args.read_data else ""
+    text.append(f"{len(good)} good, {len(damaged)} damaged{read}")
     return {"good": good, "damaged": damaged, "pages": pages if args.read_data else None, "text": text}
 
 
 def _forget(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Remove old checkpoints of a job; the newest and those that are pinned always stay."""
+    from outlast.store import Policy
+
     within = parse_interval(args.keep_within) if args.keep_within else 0
     if min(args.keep_last, args.keep_hourly, args.keep_daily) < 0 or args.keep_last < 1:
         raise UsageError("store forget: the newest checkpoint is always kept, and nothing is kept -1 times")
     policy = Policy(args.keep_last, within, args.keep_hourly, args.keep_daily)
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         (job,) = _jobs(config, store, args.job)
         gone = store.forget(job, 1, policy.choose)
         left = [checkpoint.id.name(job.job_id) for checkpoint in store.checkpoints(job)]
@@ -121,7 +129,7 @@ def _prune(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     To be run once a day, from any one node. No job is held up by it.
     """
     times = {name: float(parse_interval(getattr(args, name))) for name in ("ended", "lost", "grace")}
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         done = store.prune(config.cluster, **times)
     text = [f"to the trash: {name}" for name in done.trashed] + [f"removed: {name}" for name in done.removed]
     return {"trashed": done.trashed, "removed": done.removed, "text": text or ["nothing to do"]}
@@ -130,7 +138,7 @@ def _prune(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 def _stats(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Show what each job has in the store."""
     rows = []
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         for job in store.jobs(config.cluster):
             usage, found = store.usage(job), store.checkpoints(job)
             rows.append(
@@ -145,7 +153,8 @@ def _stats(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             )
     total = sum(row["stored_bytes"] for row in rows)
     text = [
-        f"{row['job']}: {row['checkpoints']} checkpoints of {row['image_bytes']} bytes in {row['stored_bytes']} bytes"
+        f"{row['job']}: {row['checkpoints']} checkpoints, the newest of {row['image_bytes']} bytes; "
+        f"{row['stored_bytes']} bytes in the store"
         + (f", pinned: {' '.join(row['pinned'])}" if row["pinned"] else "")
         for row in rows
     ]
@@ -154,7 +163,7 @@ def _stats(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _pin(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Keep a checkpoint until it is unpinned."""
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         job, id = _named(config, args.checkpoint)
         store.pin(job, id)
     return {"pinned": args.checkpoint, "text": [f"{args.checkpoint}: stays until it is unpinned"]}
@@ -162,11 +171,17 @@ def _pin(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _unpin(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Let a pinned checkpoint go when its time comes."""
-    with open_store(config.store) as store:
+    with _opened(config) as store:
         job, id = _named(config, args.checkpoint)
         if not store.unpin(job, id):
             raise UsageError(f"{args.checkpoint}: is not pinned")
     return {"unpinned": args.checkpoint, "text": [f"{args.checkpoint}: goes when its time comes"]}
+
+
+def _opened(config: Config) -> Store:
+    from outlast.store import open_store
+
+    return open_store(config.store)
 
 
 def _named(config: Config, name: str) -> tuple[JobKey, CheckpointId]:

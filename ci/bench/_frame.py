@@ -57,6 +57,11 @@ class Bench:
         self._rounds = rounds
         self._values: dict[tuple[str, str, str], list[float]] = {}
 
+    @property
+    def round_count(self) -> int:
+        """How often each variant is measured."""
+        return self._rounds
+
     @contextmanager
     def testbed(self) -> Iterator[Bed]:
         """Bring up a cluster of the benchmark's own, as `ci.bench.testbed` does."""

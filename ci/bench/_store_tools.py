@@ -244,7 +244,9 @@ def versions() -> dict[str, str]:
     """Return what each of the tools calls itself. Raises TestbedError where one is not installed."""
     missing = [package for program, package in NEEDED.items() if shutil.which(program) is None]
     if missing:
-        raise TestbedError(f"not installed: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}")
+        raise TestbedError(
+            f"not installed: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}"
+        )
     asked = {"restic": "version", "borg": "--version", "rsync": "--version"}
     said = {name: subprocess.check_output([name, word], text=True) for name, word in asked.items()}
     said["ssh"] = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr

@@ -88,7 +88,8 @@ class Worker:
                 fresh.append(page)
         compressor = zstandard.ZstdCompressor(level=1)
         return sum(
-            len(compressor.compress(b"".join(fresh[start : start + 64]))) for start in range(0, len(fresh), 64)
+            len(compressor.compress(b"".join(fresh[start : start + 64])))
+            for start in range(0, len(fresh), 64)
         )
 
     def do(self, request: dict[str, Any]) -> int:

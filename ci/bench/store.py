@@ -34,7 +34,7 @@ _NOISE_SIZE = 256 << 20
 _VARIANTS = ("ssh cat", "restic", "borg", "rsync", "outlast")
 _CONNECTED = "outlast+connect"
 
-# What must be reached, and whether more is better.
+# What is to be reached: at most, but for the last, which is at least.
 _TARGETS = {
     "following_bytes_vs_changed_pages": 1.05,
     "following_bytes_vs_restic": 0.40,

@@ -17,8 +17,10 @@ from outlast.config import Config
 from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import open_for_writing
-from outlast.manager._launch import Launcher, Run, keep_log
+from outlast.manager._guard import is_frozen
+from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
+from outlast.manager._run import Run, keep_log
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Store, open_store
 
@@ -30,6 +32,8 @@ _ENDING_SECONDS = 0.5
 # How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
 _TAKE_SECONDS = 3600.0
 _LONGEST_WAIT_SECONDS = 86400.0
+# How much of an old checkpoint's time still counts at each newer one.
+_FADING = 0.8
 
 
 class Checkpointer:
@@ -66,6 +70,7 @@ class Checkpointer:
         self._told = False
         self.newest: Checkpoint | None = None
         self.last_error: str | None = None
+        self.seconds = 0.0  # that a checkpoint takes until it is stored: the longest of the last ones
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
 
     def start(self) -> None:
@@ -96,7 +101,9 @@ class Checkpointer:
 
     def set_interval(self, seconds: int) -> None:
         """Take checkpoints every *seconds* from now on, or with 0 only when asked."""
-        self._events.add("interval", f"every {seconds} s from now on" if seconds else "only when asked from now on")
+        self._events.add(
+            "interval", f"every {seconds} s from now on" if seconds else "only when asked from now on"
+        )
         with self._wake:
             self._run.interval = seconds
             self._run.save()
@@ -122,8 +129,14 @@ class Checkpointer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with open_store(self._config.store) as store:
                 while self._pause():
+                    if is_frozen(self._run.directory):
+                        # What stands still would be restored standing still. Its time comes when it goes on.
+                        self._fail_while_frozen()
+                        continue
                     self._began = time.monotonic()
                     self._checkpoint(store, lock, self._began + (self._run.interval or _LONGEST_WAIT_SECONDS))
+                    took = time.monotonic() - self._began
+                    self.seconds = max(took, self.seconds * _FADING)
                     # A job whose checkpoints take longer than its interval must get on all the same.
                     self._began = max(self._began, time.monotonic() - self._run.interval / 2)
                     with self._wake:
@@ -134,6 +147,14 @@ class Checkpointer:
             with self._wake:
                 self._stopped = True
                 self._wake.notify_all()
+
+    def _fail_while_frozen(self) -> None:
+        self.last_error = "the job stands still, since its lease could not be renewed"
+        with self._wake:
+            self._answered = self._done
+            self._wake.notify_all()
+            if not self._ended:
+                self._wake.wait(_FIRST_RETRY_SECONDS)
 
     def _pause(self) -> bool:
         """Wait until the next checkpoint is due or asked for; return False when the job has ended."""

@@ -29,8 +29,10 @@ from outlast.manager._checkpoints import Checkpointer
 from outlast.manager._events import EventLog
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
-from outlast.manager._launch import Launcher, Run, epoch_of, first_epoch_of
+from outlast.manager._leaving import Leaving
+from outlast.manager._launch import Launcher, epoch_of, first_epoch_of
 from outlast.manager._mom import Mom
+from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import JobKey, Lease, parse_interval
 from outlast.scheduler import Witness
@@ -97,6 +99,8 @@ class Manager:
         self._finished = threading.Event()  # nothing is left to do for it
         self._leased = threading.Event()
         self._holding: Holding | None = None
+        self._scheduler: Witness | None = None
+        self._leaving: Leaving | None = None
 
     def run(self) -> None:
         """Serve the job until it has ended and all that belongs to it has been stored."""
@@ -244,6 +248,8 @@ class Manager:
         run.capsule = self._launcher.launch(run, shim)
         run.save()
         shim.started()
+        self._launcher.await_pages(run, shim)
+        run.save()
         self._take_over(run, shim.say)
         if run.mom is not None and run.mom.attach(next(run.capsule.tasks(), 0), run.uid):
             shim.attached()
@@ -254,11 +260,13 @@ class Manager:
         if run.epoch == 0:
             return
         with open_store(self._store_for_leases()) as store:
-            if not self._launcher.when_store_answers(shim, lambda: holding.await_turn(store, lambda: shim.gone)):
+            if not self._launcher.when_store_answers(
+                shim, lambda: holding.await_turn(store, lambda: shim.gone)
+            ):
                 raise ShimGone("the job was ended while it waited for the run before it to have ended")
 
     def _hold_lease(self, run: Run) -> Holding:
-        scheduler = None if self._standalone else _witness(self._config)
+        scheduler = self._scheduler = None if self._standalone else _witness(self._config)
         ask: Ask | None = None if scheduler is None else lambda: scheduler.job(self._job.job_id)
         return Holding(self._config.lease, self._lease(run), self._events, ask)
 
@@ -267,13 +275,34 @@ class Manager:
         store = self._config.store
         return dataclasses.replace(store, timeout=min(store.timeout, max(1.0, self._config.lease.ttl / 2)))
 
-    def _take_over(self, run: Run, say: Callable[[str], None] = lambda _: None) -> None:
+    def _hear(self, shim: Shim) -> None:
+        """Decide on the signals that the shim tells of."""
+        for number in shim.signals():
+            if self._leaving is None:
+                shim.forward(number)
+            else:
+                self._leaving.asked_to_end(lambda number=number: shim.forward(number))  # type: ignore[misc]
+
+    def _take_over(
+        self, run: Run, say: Callable[[str], None] = lambda _: None, end: float | None = None
+    ) -> None:
         """Guard and checkpoint the running job from now on, and see to its end."""
         if self._holding is not None and run.capsule is not None and not self._standalone:
             # Without a scheduler nobody runs the job again elsewhere but a person, who can be asked to wait.
             self._holding.watch(Guard(run.directory, run.capsule, run.shim_pid))
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
+        if isinstance(self._scheduler, SlurmScheduler) and self._holding is not None and run.capsule is not None:
+            self._leaving = Leaving(
+                (self._job.job_id, run.epoch, self._node),
+                run.capsule,
+                self._checkpointer,
+                self._holding,
+                self._events,
+                self._scheduler,
+            )
+            if self._config.restart.at_time_limit:
+                self._leaving.before_end(end)
         threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
 
     def _await_end(self, run: Run) -> None:
@@ -306,6 +335,8 @@ class Manager:
         self._store_end(status, asked=asked)
         if not self._standalone:
             self._job_over.wait(_GRACE_SECONDS)
+        if self._leaving is not None:
+            self._leaving.finish(_GRACE_SECONDS)
         self._finished.set()
 
     def _store_end(self, status: int | None, *, asked: bool) -> None:
@@ -361,6 +392,10 @@ class Manager:
             if request.get("op") == "checkpoint":
                 self._events.add("asked", f"user {request.get('uid')} asked for a checkpoint")
                 self._checkpointer.ask()
+            elif request.get("op") in ("migrate", "hold") and self._leaving is not None:
+                why = f"user {request.get('uid')} asked for it"
+                hold = request["op"] == "hold"
+                self._leaving.start(why, hold=hold, to=request.get("to"), away=not hold)
             elif request.get("op") == "interval":
                 self._checkpointer.set_interval(int(request["seconds"]))
         self._events.flush(store)

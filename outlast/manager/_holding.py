@@ -37,7 +37,9 @@ def is_this_run(job: SchedulerJob | None, epoch: int, node: str) -> bool:
     return job is not None and job.state is JobState.RUNNING and job.epoch == epoch and node in job.nodes
 
 
-def takeover_wait(views: list[LeaseView], mine: Lease, claimed: float | None, now: float, ttl: float) -> float:
+def takeover_wait(
+    views: list[LeaseView], mine: Lease, claimed: float | None, now: float, ttl: float
+) -> float:
     """Return for how many seconds more the run *mine* must not begin; 0 if it may.
 
     Args:
@@ -71,6 +73,7 @@ class Holding:
         self._was_frozen = False
         self._lock = threading.Lock()
         self._fault = ""
+        self._stopped = False
 
     def await_turn(self, store: Store, gone: Callable[[], bool]) -> bool:
         """Take the lease, and return once no other run of the job can still be running; False if *gone*.
@@ -96,7 +99,9 @@ class Holding:
                 return True
             if not told:
                 told = True
-                self._events.add("waits", f"the run before may still go on somewhere, for {left:.1f} s at most")
+                self._events.add(
+                    "waits", f"the run before may still go on somewhere, for {left:.1f} s at most"
+                )
             if gone():
                 return False
             if claimed is not None:
@@ -118,6 +123,18 @@ class Holding:
         self._allow()
         self._tell()
 
+    def stop(self) -> None:
+        """Have the job stand still until it is ended or `go_on` is called."""
+        self._stopped = True
+        if self._guard is not None:
+            self._guard.allow(0.0)
+
+    def go_on(self) -> None:
+        """Let a job go on that `stop` had stand still."""
+        if self._stopped:
+            self._stopped = False
+            self._allow()
+
     def end(self) -> None:
         """Nothing of the job is left."""
         self._over.set()
@@ -129,7 +146,7 @@ class Holding:
 
     def _allow(self) -> None:
         guard = self._guard
-        if guard is None or not self._config.guard:
+        if guard is None or not self._config.guard or self._stopped:
             return
         try:
             guard.allow(lease_end(self._extended, self._config.ttl))
@@ -156,12 +173,13 @@ class Holding:
 
     def _tell(self) -> None:
         guard = self._guard
-        if guard is None or guard.frozen is self._was_frozen:
+        if guard is None or self._stopped or self._over.is_set() or guard.frozen is self._was_frozen:
             return
         self._was_frozen = guard.frozen
         if self._was_frozen:
             self._events.add(
-                "frozen", "the job stands still: neither the store nor the scheduler says that this run goes on"
+                "frozen",
+                "the job stands still: neither the store nor the scheduler says that this run goes on",
             )
         else:
             self._events.add("thawed", "the job goes on: its lease was renewed")

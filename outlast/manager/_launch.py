@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,75 +14,18 @@ from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
-from outlast.manager._mom import Mom
+from outlast.manager._restore import Restorer
+from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
-from outlast.model import Checkpoint, JobKey
+from outlast.model import JobKey
 from outlast.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 2.0
+_END_SECONDS = 10.0
 
 T = TypeVar("T")
-
-
-@dataclass
-class Run:
-    """One run of a job on this node: what it was started with, and its capsule."""
-
-    job: JobKey
-    epoch: int
-    uid: int
-    node: str
-    interval: int  # seconds
-    argv: list[str]
-    directory: Path
-    # Standard descriptors that lead out of the capsule: see passed_through().
-    passed: list[dict[str, Any]] = field(default_factory=list)
-    capsule: Capsule | None = None
-    seq: int = 0  # of the newest checkpoint that was begun
-    mom: Mom | None = None  # under PBS
-    shim_pid: int = 0
-
-    def save(self) -> None:
-        """Write down what another manager needs to take over, should this one die."""
-        if self.capsule is None:
-            return
-        state = {
-            "epoch": self.epoch,
-            "uid": self.uid,
-            "interval": self.interval,
-            "argv": self.argv,
-            "passed": self.passed,
-            "seq": self.seq,
-            "capsule": [self.capsule.init_pid, self.capsule.init_start, self.capsule.job_pid],
-            "shim_pid": self.shim_pid,
-        }
-        part = self.directory / "state.new"
-        part.touch(mode=0o600)
-        part.write_text(json.dumps(state))
-        part.rename(self.directory / "state.json")
-
-    @classmethod
-    def load(cls, job: JobKey, node: str, directory: Path) -> Run | None:
-        """Return the run that `save` wrote down in *directory*; its capsule may have ended since."""
-        try:
-            state = json.loads((directory / "state.json").read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return cls(
-            job,
-            state["epoch"],
-            state["uid"],
-            node,
-            state["interval"],
-            state["argv"],
-            directory,
-            state["passed"],
-            Capsule(*state["capsule"]),
-            state["seq"],
-            shim_pid=state["shim_pid"],
-        )
 
 
 class Launcher:
@@ -95,6 +35,7 @@ class Launcher:
         self._config = config
         self._criu = criu
         self._events = events
+        self._restorer = Restorer(config, criu, events)
         # The record of the job's first start, until the store has it: nothing else may be stored before.
         self._beginning: dict[str, Any] | None = None
         self._lock = threading.Lock()
@@ -197,7 +138,36 @@ class Launcher:
                     raise ShimGone("the job was ended while it waited for its store")
                 time.sleep(0.1)
 
-    def _go_on(self, run: Run, shim: Shim, store: Store) -> Capsule:
+    def await_pages(self, run: Run, shim: Shim) -> None:
+        """Return when the restored job of *run* has all its memory, or has ended.
+
+        Where the store cannot give the rest of it, the job is ended and restored once more, whole: its
+        files are set back again, so nothing that it did meanwhile is left. Raises as `launch` does.
+        """
+        following, self._restorer.following = self._restorer.following, None
+        if following is None or run.capsule is None:
+            return
+        try:
+            arrived = following.wait(run.capsule)
+        finally:
+            following.close()
+        if arrived:
+            self._events.add(
+                "pages-arrived",
+                f"all memory is here: {following.facts['pages']} pages followed",
+                **following.facts,
+            )
+            return
+        self._events.add(
+            "pages-failed", f"the job's memory did not come: {following.error}; it is restored again"
+        )
+        run.capsule.kill()
+        run.capsule.wait(_END_SECONDS)
+        run.capsule = None
+        with open_store(self._config.store) as store:
+            run.capsule = self.when_store_answers(shim, lambda: self._go_on(run, shim, store, whole=True))
+
+    def _go_on(self, run: Run, shim: Shim, store: Store, *, whole: bool = False) -> Capsule:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
         ended = store.get_record(run.job, "ended")
         # One that ended well because it was asked to (requeued, preempted) has not done its work yet.
@@ -207,10 +177,10 @@ class Launcher:
             if (start := store.get_record(run.job, "start")) is not None:
                 self._set_back_to(start, run, shim)
             return self._begin(run, shim)
-        checkpoints = store.checkpoints(run.job)
+        checkpoints = _wanted(store.checkpoints(run.job), store.get_record(run.job, "restart"))
         for checkpoint in checkpoints:
             try:
-                return self._bring_back(run, shim, store, checkpoint)
+                return self._restorer.restore(run, shim, store, checkpoint, whole=whole)
             except (StoreUnavailable, ShimGone):
                 raise
             except (OutlastError, CriuError, CapsuleError) as error:
@@ -239,53 +209,6 @@ class Launcher:
             files = [entry for entry in files if not run.mom.kept_here(entry["path"])]
         shim.set_back(files, run.epoch - 1)
 
-    def _bring_back(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint) -> Capsule:
-        name = checkpoint.id.name(run.job.job_id)
-        images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}"
-        shutil.rmtree(images, ignore_errors=True)
-        begin = time.monotonic()
-        store.fetch(run.job, checkpoint.id, images)
-        fetched = time.monotonic()
-        try:
-            meta = checkpoint.meta
-            shim.set_back([entry for entry in meta["files"] if "name" not in entry], run.epoch - 1)
-            if run.mom is not None:
-                kept = [entry for entry in meta["files"] if "name" in entry]
-                run.mom.put_back(kept, images, shim.stdio, run.uid)
-            passed = passed_through(shim.stdio)
-            inherit = [(entry["fd"], entry["name"]) for entry in meta["passed"]]
-            capsule = self._criu.restore(
-                shim.context,
-                images,
-                run.directory,
-                uid=run.uid,
-                dumped_by=meta["criu"],
-                tcp=self._config.checkpoint.tcp,
-                inherit=inherit,
-            )
-        finally:
-            keep_log(images / "restore.log", run)
-            shutil.rmtree(images, ignore_errors=True)
-        inherited = {fd for fd, _ in inherit}
-        run.passed = [entry for entry in passed if entry["fd"] in inherited]
-        seconds = time.monotonic() - begin
-        self._events.add(
-            "restored",
-            f"{name}, made on {meta['node']}, runs again after {seconds:.2f} s",
-            checkpoint=name,
-            fetch_s=round(fetched - begin, 3),
-            restore_s=round(seconds - (fetched - begin), 3),
-        )
-        return capsule
-
-
-def keep_log(log_file: Path, run: Run) -> None:
-    """Keep CRIU's newest log of its kind beside the job's sockets, for the operator."""
-    if log_file.exists():
-        kept = run.directory / log_file.name
-        kept.touch(mode=0o600)
-        shutil.copyfile(log_file, kept)
-
 
 def epoch_of(environment: Mapping[str, str]) -> int:
     """Return which run of its job a shim with *environment* is: what the scheduler, or its hook, says."""
@@ -293,6 +216,12 @@ def epoch_of(environment: Mapping[str, str]) -> int:
         if name in environment:
             return int(environment[name])
     return 0
+
+
+def end_of(environment: Mapping[str, str]) -> float | None:
+    """Return when a shim with *environment* must have ended, in Unix time, as far as the scheduler says."""
+    text = environment.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None
 
 
 def first_epoch_of(store: Store, job: JobKey) -> int:

@@ -96,7 +96,9 @@ class Mom:
 
     def kept_here(self, path: str) -> bool:
         """Whether the file *path* is gone with this run, and so goes with the checkpoint."""
-        return Path(path).parent == self.spool or any(Path(path).is_relative_to(one) for one in self.directories)
+        return Path(path).parent == self.spool or any(
+            Path(path).is_relative_to(one) for one in self.directories
+        )
 
     def keep(self, pids: Iterable[int], images: Path, uid: int) -> list[dict[str, Any]]:
         """Copy into *images* what MoM keeps on this host only; called while the processes stand still.
@@ -120,7 +122,9 @@ class Mom:
             kept.append({"path": os.fspath(directory), "name": name})
         return kept
 
-    def put_back(self, kept: Sequence[Mapping[str, Any]], images: Path, stdio: Sequence[int], uid: int) -> None:
+    def put_back(
+        self, kept: Sequence[Mapping[str, Any]], images: Path, stdio: Sequence[int], uid: int
+    ) -> None:
         """Undo `keep` for a new run, whose standard descriptors are *stdio*. Raises RestoreFailed."""
         for entry in kept:
             path, source = Path(entry["path"]), images / entry["name"]
@@ -130,7 +134,12 @@ class Mom:
                 raise RestoreFailed(f"{path}: PBS has not given the job this directory again")
             else:
                 with source.open("rb") as archive:
-                    _tar(["--extract", "--preserve-permissions", "--recursive-unlink"], path, uid, stdin=archive)
+                    _tar(
+                        ["--extract", "--preserve-permissions", "--recursive-unlink"],
+                        path,
+                        uid,
+                        stdin=archive,
+                    )
 
     def set_back(self, files: Sequence[Mapping[str, Any]], stdio: Sequence[int]) -> None:
         """Cut files of the spool back to the sizes that *files* tells; others are not looked at."""
@@ -196,7 +205,9 @@ def _tar(
         **_as_user(uid),
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"tar ended with {done.returncode}"]
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [
+            f"tar ended with {done.returncode}"
+        ]
         raise OutlastError(f"{directory}: {said[0]}")
 
 

@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,24 @@ class Shim:
         with contextlib.suppress(OSError):
             self._send({"op": "say", "text": text})
 
-    def started(self) -> None:
-        """Tell the shim that the job runs in its capsule."""
+    def started(self, *, ask: bool = False) -> None:
+        """Tell the shim that the job runs in its capsule; with *ask* it forwards SIGTERM only when told to."""
         with contextlib.suppress(OSError):
-            self._send({"op": "started"})
+            self._send({"op": "started", "ask": [signal.SIGTERM] if ask else []})
+
+    def forward(self, number: int) -> None:
+        """Have the shim send the job the signal that it told of; see `signals`."""
+        with contextlib.suppress(OSError):
+            self._send({"op": "forward", "number": number})
+
+    def signals(self) -> Iterator[int]:
+        """Yield the signals that the shim was sent and has not forwarded, until it ends."""
+        with contextlib.suppress(OSError, ValueError):
+            self._connection.settimeout(None)
+            while True:
+                message = self._message()
+                if message.get("op") == "signal":
+                    yield int(message["number"])
 
     def attached(self) -> None:
         """Tell the shim that the scheduler signals the job itself, so that it need not forward anything."""

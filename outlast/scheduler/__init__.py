@@ -55,5 +55,14 @@ class Scheduler(Protocol):
         *at_once*: let them start as soon as there is place, where the scheduler would have them wait.
         """
 
+    def require(self, handle: str, node: str) -> None:
+        """Have a pending job start on *node* alone, or with "" anywhere."""
+
+    def release(self, handle: str) -> None:
+        """Let a job that is held run."""
+
+    def drain(self, node: str, reason: str) -> None:
+        """Let nothing more start on *node*; what runs there runs on."""
+
     def users(self) -> frozenset[int]:
         """Return the uids, beside root, under which the scheduler itself runs its hooks."""

@@ -214,6 +214,18 @@ class PbsScheduler:
     def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
         """See `Scheduler.exclude`: a node that was marked down is out of service for all, so there is nothing to do."""
 
+    def require(self, handle: str, node: str) -> None:
+        """See `Scheduler.require`."""
+        raise SchedulerRefused("PBS lets nobody choose the host of a job that was submitted without it")
+
+    def release(self, handle: str) -> None:
+        """See `Scheduler.release`."""
+        raise SchedulerRefused(f"release the job with PBS's own command: qrls {handle}")
+
+    def drain(self, node: str, reason: str) -> None:
+        """See `Scheduler.drain`."""
+        self._run(offline_command(node, reason))
+
     def users(self) -> frozenset[int]:
         """See `Scheduler.users`: PBS runs its hooks as root."""
         return frozenset()

@@ -113,6 +113,27 @@ def requeue_command(handle: str) -> list[str]:
     return ["scontrol", "requeue", handle]
 
 
+def requeue_hold_command(handle: str) -> list[str]:
+    """Queue a job again under its own id, and hold it."""
+    return ["scontrol", "requeuehold", handle]
+
+
+def release_command(handle: str) -> list[str]:
+    """Let a job that is held run."""
+    return ["scontrol", "release", handle]
+
+
+def require_command(handle: str, node: str) -> list[str]:
+    """Have a pending job start at once, on *node* alone; an empty name leaves the node to the scheduler."""
+    begin = ["StartTime=now"] if node else []
+    return ["scontrol", "update", f"JobId={handle}", f"ReqNodeList={node}", *begin]
+
+
+def drain_command(node: str, reason: str) -> list[str]:
+    """Let nothing more start on a node; what runs there runs on."""
+    return ["scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}"]
+
+
 def mark_down_command(nodes: Sequence[str], reason: str) -> list[str]:
     """Set nodes down: slurmctld requeues their jobs at once, without waiting for SlurmdTimeout."""
     return ["scontrol", "update", f"NodeName={','.join(nodes)}", "State=DOWN", f"Reason={reason}"]
@@ -208,6 +229,29 @@ class SlurmScheduler:
         """See `Scheduler.requeue`."""
         self._run(requeue_command(handle))
 
+    def requeue_hold(self, handle: str) -> None:
+        """Queue a job again under its own id, and hold it."""
+        self._run(requeue_hold_command(handle))
+
+    def release(self, handle: str) -> None:
+        """See `Scheduler.release`."""
+        self._run(release_command(handle))
+
+    def require(self, handle: str, node: str) -> None:
+        """See `Scheduler.require`."""
+        self._run(require_command(handle, node))
+
+    def drain(self, node: str, reason: str) -> None:
+        """See `Scheduler.drain`."""
+        self._run(drain_command(node, reason))
+
+    def kill_wait(self) -> float:
+        """Return the seconds between the signal that asks a job to end and the one that ends it."""
+        match = re.search(r"^KillWait\s*=\s*([0-9]+)", self._run(config_command()), re.MULTILINE)
+        if match is None:
+            raise OutlastError("scontrol: its configuration names no KillWait")
+        return float(match[1])
+
     def mark_down(self, nodes: Sequence[str], reason: str) -> None:
         """See `Scheduler.mark_down`."""
         self._run(mark_down_command(nodes, reason))
@@ -293,6 +337,7 @@ def _job(row: dict[str, Any]) -> SchedulerJob:
         requeueable=row["requeue"],
         handle=f"{array}_{task}" if array and task is not None else job_id,
         begin=float(_number(row.get("eligible_time")) or 0),
+        end=float(_number(row.get("end_time")) or 0),
     )
 
 

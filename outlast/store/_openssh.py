@@ -134,7 +134,7 @@ class ProcessLink:
 
 
 def _refusal(server: Server, said: str) -> OutlastError | None:
-    """Return the error for what ssh *said* before it got any answer to SFTP; None: nobody refused anything."""
+    """Return the error for what ssh *said* before any answer to SFTP; None: nobody refused anything."""
     if _HOST_KEY.search(said):
         return _host_key_error(server)
     if match := _NO_SFTP.search(said):

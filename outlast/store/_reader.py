@@ -25,7 +25,8 @@ _REQUEST = 1 << 20  # bytes: neighboring frames are fetched together up to this
 _REQUEST_FRAMES = 8  # and up to these, which unpack to 2 MiB
 _AHEAD = 12  # requests in memory: 12 MiB stored, or 24 MiB unpacked
 _OPEN_FILES = 200
-_CACHED = 64  # frames that `Stored` keeps unpacked: 16 MiB
+_CACHED = 192  # frames that `Stored` keeps unpacked: 48 MiB
+_READ_AHEAD = 2048  # pages after those asked for that are fetched with them: 8 MiB
 
 
 def pack_path(job: JobKey, name: str) -> str:
@@ -225,36 +226,53 @@ class Stored:
         raise UsageError(f"no {pages} pages at {vaddr:#x} of address space {space} in this checkpoint")
 
     def _read_pages(self, path: str, item: Item, page: int, pages: int) -> bytes:
-        parts: list[bytes | memoryview] = []
-        while pages:
+        with self._lock:
+            pieces = self._pieces(path, item, page, pages)
+            self._load([frame for frame, _, _ in pieces if frame != ZERO], path, item, page + pages)
+            parts: list[bytes | memoryview] = []
+            for frame, first, some in pieces:
+                if frame == ZERO:
+                    parts.append(bytes(some * PAGE))
+                    continue
+                self._cache.move_to_end(frame)
+                data = memoryview(self._cache[frame])[first * PAGE :][: some * PAGE]
+                if len(data) != some * PAGE:
+                    raise CorruptCheckpoint(f"{path}: a run goes beyond its frame")
+                parts.append(data)
+            return b"".join(parts)
+
+    def _pieces(self, path: str, item: Item, page: int, pages: int) -> list[tuple[int, int, int]]:
+        """Cut pages of a memory at the bounds of frames: frame (or ZERO), first page in it, count."""
+        found = []
+        while pages > 0 and page * PAGE < item.size:
             run = int(np.searchsorted(self._places[path], page, "right")) - 1
             start, count = map(int, item.runs[run])
             skip = page - int(self._places[path][run])
             some = min(pages, count - skip)
             if start == ZERO:
-                parts.append(bytes(some * PAGE))
+                found.append((ZERO, 0, some))
             else:
-                place = start + skip
-                some = min(some, FRAME_PAGES - place % FRAME_PAGES)
-                plain = self._frame(place // FRAME_PAGES)
-                data = memoryview(plain)[place % FRAME_PAGES * PAGE :][: some * PAGE]
-                if len(data) != some * PAGE:
-                    raise CorruptCheckpoint(f"{path}: a run goes beyond its frame")
-                parts.append(data)
+                frame, first = divmod(start + skip, FRAME_PAGES)
+                some = min(some, FRAME_PAGES - first)
+                found.append((frame, first, some))
             page, pages = page + some, pages - some
-        return b"".join(parts)
+        return found
 
-    def _frame(self, index: int) -> bytes:
-        with self._lock:
-            if index not in self._cache:
-                for found, plain in self._frames.read(np.array([index])):
-                    self._cache[found] = plain
-                if index not in self._cache:
-                    raise StoreUnavailable("the frame did not arrive")
-                while len(self._cache) > _CACHED:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(index)
-            return self._cache[index]
+    def _load(self, frames: list[int], path: str, item: Item, after: int) -> None:
+        """Have *frames* in the cache; with those that are missing fetch what follows them in the file."""
+        missing = {frame for frame in frames if frame not in self._cache}
+        if not missing:
+            return
+        ahead = self._pieces(path, item, after, _READ_AHEAD)
+        missing |= {frame for frame, _, _ in ahead if frame != ZERO and frame not in self._cache}
+        for found, plain in self._frames.read(np.array(sorted(missing))):
+            self._cache[found] = plain
+        if not set(frames) <= self._cache.keys():
+            raise StoreUnavailable("a frame did not arrive")
+        for frame in frames:
+            self._cache.move_to_end(frame)
+        while len(self._cache) > _CACHED:
+            self._cache.popitem(last=False)
 
 
 def _targets(number: int, item: Item) -> Numbers:

@@ -399,5 +399,3 @@ def test_index_finds_no_page_that_is_not_there() -> None:
     for space, vaddr, length in ((7, 0x3000, 4096), (7, 0x2000, 8192), (8, 0x1000, 4096)):
         with pytest.raises(OSError, match="no page"):
             index.offset(space, vaddr, length)
-
-

@@ -62,6 +62,14 @@ def test_without_the_plugin_dumps_are_plain(user_place: Place) -> None:
     assert survives(user_place, job, images)
 
 
+def unmount(top: Path) -> None:
+    subprocess.run(["umount", top], check=True)
+
+
+def await_empty(group: Path) -> None:
+    eventually(lambda: (group / "cgroup.procs").read_text() == "", "the group is empty")
+
+
 @contextlib.contextmanager
 def limited(controller: str, v1_file: str, v2_file: str, limit: int) -> Iterator[Path | None]:
     """Make a cgroup with a limit, mounting the hierarchy if need be; gives None where it cannot be had."""
@@ -74,14 +82,14 @@ def limited(controller: str, v1_file: str, v2_file: str, limit: int) -> Iterator
             )
             if mounted.returncode:
                 continue
-            closing.callback(subprocess.run, ["umount", top], check=True)
+            closing.callback(unmount, top)
             group = top / f"outlast-test-{os.getpid()}"
             group.mkdir()
             closing.callback(group.rmdir)
             if (group / file).exists():
                 (group / file).write_text(str(limit))
                 yield group
-                eventually(lambda: (group / "cgroup.procs").read_text() == "", "the group is empty")
+                await_empty(group)
                 return
         yield None
 
@@ -214,7 +222,7 @@ def test_32_bit_process_is_dumped_plainly(user_place: Place, need: Callable[[str
     need("gcc", None if shutil.which("as") and shutil.which("ld") else "no assembler")
     source = (
         ".globl _start\n_start: mov $4,%eax; mov $1,%ebx; mov $text,%ecx; mov $6,%edx; int $0x80\n"
-        "1: mov $29,%eax; int $0x80; jmp 1b\n.data\ntext: .ascii \"ready\\n\"\n"
+        '1: mov $29,%eax; int $0x80; jmp 1b\n.data\ntext: .ascii "ready\\n"\n'
     )
     program = user_place.path / "small"
     subprocess.run(["as", "--32", "-o", f"{program}.o", "-"], input=source, text=True, check=True)

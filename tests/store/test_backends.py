@@ -26,11 +26,14 @@ def bare_sshd(start_sshd: StartSshd) -> SshServer:
     return start_sshd(sftp="internal-sftp -P posix-rename,fsync,limits,statvfs")
 
 
-@pytest.fixture(params=["local", "sftp", "bare-sftp"])
+@pytest.fixture(params=["local", "paramiko", "openssh", "bare-paramiko"])
 def server(request: pytest.FixtureRequest) -> SshServer | None:
-    """The server of the store, or None for a store in a directory."""
-    fixture = {"local": None, "sftp": "sshd", "bare-sftp": "bare_sshd"}[request.param]
-    return request.getfixturevalue(fixture) if fixture else None
+    """The server of the store, spoken to by either transport, or None for a store in a directory."""
+    if request.param == "local":
+        return None
+    sshd: SshServer = request.getfixturevalue("bare_sshd" if "bare" in request.param else "sshd")
+    sshd.transport = request.param.removeprefix("bare-")
+    return sshd
 
 
 def names(directory: Path) -> set[str]:

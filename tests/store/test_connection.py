@@ -265,7 +265,9 @@ def test_host_without_an_address_is_unavailable(server: SshServer, top: Path, jo
         store.checkpoints(job)
 
 
-def test_read_only_server_is_refused(start_sshd: StartSshd, transport: str, job: JobKey, source: Path) -> None:
+def test_read_only_server_is_refused(
+    start_sshd: StartSshd, transport: str, job: JobKey, source: Path
+) -> None:
     server = start_sshd(sftp="internal-sftp -R")
     server.transport = transport
     with open_store(server.config(server.served)) as store:

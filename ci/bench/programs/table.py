@@ -10,7 +10,10 @@ import sys
 
 keys = int(sys.argv[1]) if len(sys.argv) > 1 else 700_000
 draw = random.Random(1)  # noqa: S311 - no secret
-table = {f"account-{number}": [number, float(number), [], f"holder {number * 7919 % keys}"] for number in range(keys)}
+table = {
+    f"account-{number}": [number, float(number), [], f"holder {number * 7919 % keys}"]
+    for number in range(keys)
+}
 step = 0
 while True:
     for _ in range(20_000):

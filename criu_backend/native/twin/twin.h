@@ -25,6 +25,9 @@ struct twin {
 	struct twin *next;
 };
 
+/* The twins that have been made; NULL before and after a dump, and in every program but CRIU. */
+extern struct twin *twins;
+
 /* What to have a stopped process do; see inject(). */
 struct order {
 	bool fork;	     /* make a twin */

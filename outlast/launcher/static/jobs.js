@@ -71,7 +71,8 @@ export class JobList {
       this.order = [...this.order, ...ids].sort((one, other) => Number(other) - Number(one));
       this.list.append(...this.order.map((id) => this.entries.get(id).node));
     }
-    if (!this.list.querySelector('[tabindex="0"]')) this.#tabStop(this.#visible()[0]);
+    // Until somebody is in the list, one gets into it at its top.
+    if (this.chosen === null && !this.list.contains(document.activeElement)) this.#tabStop(this.#visible()[0]);
   }
 
   #make(id) {

@@ -1,0 +1,80 @@
+"""One run of a job on this node, and what another manager needs to take it over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from criu_backend import Capsule
+from outlast.manager._mom import Mom
+from outlast.model import JobKey
+
+
+@dataclass
+class Run:
+    """One run of a job on this node: what it was started with, and its capsule."""
+
+    job: JobKey
+    epoch: int
+    uid: int
+    node: str
+    interval: int  # seconds
+    argv: list[str]
+    directory: Path
+    # Standard descriptors that lead out of the capsule: see passed_through().
+    passed: list[dict[str, Any]] = field(default_factory=list)
+    capsule: Capsule | None = None
+    seq: int = 0  # of the newest checkpoint that was begun
+    mom: Mom | None = None  # under PBS
+    shim_pid: int = 0
+
+    def save(self) -> None:
+        """Write down what another manager needs to take over, should this one die."""
+        if self.capsule is None:
+            return
+        state = {
+            "epoch": self.epoch,
+            "uid": self.uid,
+            "interval": self.interval,
+            "argv": self.argv,
+            "passed": self.passed,
+            "seq": self.seq,
+            "capsule": [self.capsule.init_pid, self.capsule.init_start, self.capsule.job_pid],
+            "shim_pid": self.shim_pid,
+        }
+        part = self.directory / "state.new"
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(state))
+        part.rename(self.directory / "state.json")
+
+    @classmethod
+    def load(cls, job: JobKey, node: str, directory: Path) -> Run | None:
+        """Return the run that `save` wrote down in *directory*; its capsule may have ended since."""
+        try:
+            state = json.loads((directory / "state.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return cls(
+            job,
+            state["epoch"],
+            state["uid"],
+            node,
+            state["interval"],
+            state["argv"],
+            directory,
+            state["passed"],
+            Capsule(*state["capsule"]),
+            state["seq"],
+            shim_pid=state["shim_pid"],
+        )
+
+
+def keep_log(log_file: Path, run: Run) -> None:
+    """Keep CRIU's newest log of its kind beside the job's sockets, for the operator."""
+    if log_file.exists():
+        kept = run.directory / log_file.name
+        kept.touch(mode=0o600)
+        shutil.copyfile(log_file, kept)
