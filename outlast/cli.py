@@ -19,7 +19,7 @@ from outlast import control, storekeeper
 from outlast.config import DEFAULT_PATH, Config, read_config
 from outlast.control import Peer
 from outlast.errors import ConfigError, OutlastError, UsageError
-from outlast.model import parse_interval
+from outlast.model import parse_checkpoint_name, parse_interval
 
 _EXIT_CODES = """\
 exit codes:
@@ -164,6 +164,38 @@ def _checkpoint_here(args: argparse.Namespace, manager: Path) -> None:
         if now["last_error"] not in (None, before["last_error"]):
             raise OutlastError(now["last_error"])
     raise OutlastError(f"job {args.job}: no checkpoint within {_CHECKPOINT_SECONDS:.0f} s")
+
+
+def _migrate(args: argparse.Namespace) -> None:
+    """Save a running job, and have it go on on another node."""
+    _ask(args, {"op": "migrate", "job": args.job, "to": args.to})
+    print(f"job {args.job} is asked to move; 'outlast events {args.job}' shows how it goes")
+
+
+def _hold(args: argparse.Namespace) -> None:
+    """Save a running job, and have it wait until it is released."""
+    _ask(args, {"op": "hold", "job": args.job})
+    print(f"job {args.job} is asked to stop; 'outlast release {args.job}' lets it go on")
+
+
+def _release(args: argparse.Namespace) -> None:
+    """Let a job that was held go on."""
+    _ask(args, {"op": "release", "job": args.job})
+
+
+def _restart(args: argparse.Namespace) -> None:
+    """Have a job go on from its newest checkpoint, or from one of your choice."""
+    job = args.job
+    name = None
+    if "@" in job:
+        name, job = job, parse_checkpoint_name(job)[0]
+    print(_ask(args, {"op": "restart", "job": job, "checkpoint": name})["checkpoint"])
+
+
+def _drain(args: argparse.Namespace) -> None:
+    """Take a node out of service, and have its checkpointed jobs go on on others."""
+    jobs = _ask(args, {"op": "drain", "node": args.node})["jobs"]
+    print(f"{args.node}: drained; {len(jobs)} jobs move{': ' + ' '.join(jobs) if jobs else ''}")
 
 
 def _failures(args: argparse.Namespace) -> list[Mapping[str, Any]]:
@@ -342,6 +374,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON value")
         if name != "status":
             sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
+    for name, run in (("migrate", _migrate), ("hold", _hold), ("release", _release)):
+        sub = verb(name, run)
+        sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
+        if name == "migrate":
+            sub.add_argument("--to", metavar="NODE", help="this node; else the scheduler chooses")
+    sub = verb("restart", _restart)
+    sub.add_argument("job", metavar="JOB|CHECKPOINT", help="17, or 17@0.4 for an older checkpoint")
+    verb("drain", _drain).add_argument("node", metavar="NODE")
     sub = verb("run", _run)
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"

@@ -63,13 +63,25 @@ class NoScheduler:
         """Refuse."""
         raise SchedulerRefused(f"job {handle}: there is no scheduler to run it again")
 
-    def mark_down(self, node: str, reason: str) -> None:
+    def mark_down(self, nodes: Sequence[str], reason: str) -> None:
         """Refuse."""
-        raise SchedulerRefused(f"node {node}: there is no scheduler to take it out of service ({reason})")
+        raise SchedulerRefused(f"node {', '.join(nodes)}: there is no scheduler to mark it down ({reason})")
 
-    def exclude(self, handle: str, nodes: Sequence[str]) -> None:
+    def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
         """Refuse."""
-        raise SchedulerRefused(f"job {handle}: there is no scheduler to keep it off {', '.join(nodes)}")
+        raise SchedulerRefused(f"job {', '.join(handles)}: no scheduler keeps it off {', '.join(nodes)}")
+
+    def require(self, handle: str, node: str) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"job {handle}: there is no scheduler to start it on {node}")
+
+    def release(self, handle: str) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"job {handle}: there is no scheduler that holds it")
+
+    def drain(self, node: str, reason: str) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"node {node}: there is no scheduler to drain it ({reason})")
 
     def users(self) -> frozenset[int]:
         """Return nobody."""

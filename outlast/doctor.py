@@ -97,7 +97,8 @@ def _node(config: Config) -> Iterator[Finding]:
             yield Finding("FAIL", "kernel", str(error), "'criu check --all' says what the kernel lacks")
         else:
             yield Finding("ok", "kernel", f"{os.uname().release}: criu check is content")
-    yield _data_key(config)
+    if os.geteuid() == 0 and _runs_jobs():
+        yield _data_key(config)
     for program in (_SHIM, _HELPER):
         if os.access(program, os.X_OK):
             yield Finding("ok", program.name, str(program))
@@ -109,6 +110,15 @@ def _node(config: Config) -> Iterator[Finding]:
     fact = f"{free >> 20} MiB free at {place}; an image waits there until it is shipped"
     remedy = "make room there, or set spool under [checkpoint]"
     yield Finding("ok", "spool", fact) if free >= _LEAST_SPOOL else Finding("warn", "spool", fact, remedy)
+
+
+def _runs_jobs() -> bool:
+    """Whether the scheduler, if there is one, has jobs run on this machine."""
+    if shutil.which("scontrol") is None:
+        return True
+    host = socket.gethostname().split(".")[0]
+    asked = ["scontrol", "show", "node", host]
+    return subprocess.run(asked, capture_output=True, timeout=_COMMAND_SECONDS).returncode == 0
 
 
 def _data_key(config: Config) -> Finding:

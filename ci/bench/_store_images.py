@@ -13,8 +13,8 @@ _HERE = Path(__file__).parent / "programs"
 DUMPS = 3
 _GAP_SECONDS = 4.0  # between two dumps
 
-# How each is started in the directory of the programs, and for how many seconds it runs before the first dump:
-# it has made its data then.
+# How each is started in the directory of the programs, and for how many seconds it runs before the first
+# dump: it has made its data then.
 PROGRAMS = {
     "lu": ("./lu 4096 1", 8),
     "sgd": ("./sgd", 4),

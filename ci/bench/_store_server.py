@@ -64,7 +64,7 @@ class Server:
             source = str(_PROGRAMS / "relay.c")
             subprocess.run(["gcc", "-O2", "-std=gnu11", "-pthread", "-o", program, source], check=True)
         port = _free_port()
-        words = [program, str(port), str(self._real_port), str(round(seconds / 2 * 1e6))]
+        words = [str(program), str(port), str(self._real_port), str(round(seconds / 2 * 1e6))]
         relay = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             if not relay.stdout or relay.stdout.readline() != b"ready\n":

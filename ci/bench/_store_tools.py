@@ -1,7 +1,8 @@
-"""What the store benchmark measures: Outlast, and the tools that people use for the same, each by its own means."""
+"""What the store benchmark measures: Outlast, and the tools that people use for the same."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import json
@@ -23,7 +24,7 @@ from ci.testbed.layout import TestbedError
 _SECONDS = 300  # for any one step
 _PASSWORD = "bench"  # noqa: S105 - of repositories that live for a minute
 _WORKER = Path(__file__).with_name("_store_worker.py")
-NEEDED = {"restic": "restic", "borg": "borgbackup", "rsync": "rsync", "zstd": "zstd"}
+NEEDED = {"restic": "restic", "borg": "borgbackup", "rsync": "rsync"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Tool(Protocol):
         """Bring the newest back into the directory *into*, which does not exist; its tree may lie deeper."""
 
 
-class _Commands:
+class _Commands(abc.ABC):
     """A tool that is a program, started for each step."""
 
     def __init__(self, server: Server, store: Path) -> None:
@@ -60,6 +61,14 @@ class _Commands:
             "BORG_RSH": shlex.join(server.ssh),
             "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",
         }
+
+    @abc.abstractmethod
+    def save(self, images: Path, number: int) -> Step:
+        """See `Tool.save`."""
+
+    @abc.abstractmethod
+    def restore(self, number: int, into: Path) -> Step:
+        """See `Tool.restore`."""
 
     def _run(self, command: Sequence[str] | str, directory: Path | None = None) -> tuple[Step, str]:
         """Run *command*, a shell's if it is a text; what it shipped is by how much the store grew."""
@@ -137,7 +146,7 @@ class Borg(_Commands):
 
 
 class Rsync(_Commands):
-    """rsync onto the same file each time, by differences, zstd level 1; nothing is encrypted on the server."""
+    """rsync onto the same file each time, by differences, zstd level 1; the server has it in clear."""
 
     def save(self, images: Path, number: int) -> Step:
         """See `Tool.save`."""
@@ -180,6 +189,7 @@ class Outlast:
             text=True,
         )
         self.anonymous = 0  # the most anonymous memory so far, bytes
+        self._ask({"do": "connect"})  # imports what it needs, and checks the configuration
 
     def connect(self) -> float:
         """Connect, anew if need be; return the seconds that it took."""
@@ -220,7 +230,7 @@ class Outlast:
         return Step(answer["seconds"], answer["bytes"], answer["cpu"])
 
 
-PEERS = {"ssh cat": SshCat, "restic": Restic, "borg": Borg, "rsync": Rsync}
+PEERS: dict[str, type[_Commands]] = {"ssh cat": SshCat, "restic": Restic, "borg": Borg, "rsync": Rsync}
 
 
 @contextlib.contextmanager

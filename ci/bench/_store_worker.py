@@ -1,9 +1,16 @@
 """The side of the store benchmark that runs Outlast itself, in a Python that has its dependencies.
 
-Reads one JSON object a line, {"do": "publish", "images": DIRECTORY, "sequence": N}, {"do": "fetch", "sequence": N,
-"into": DIRECTORY}, {"do": "connect"} or {"do": "changed", "old": DIRECTORY, "new": DIRECTORY}, and answers each by one: seconds, cpu (seconds of this process and of the
-ssh that it started), bytes (added to the store), anonymous (largest anonymous memory, bytes, so far). The store
-stays open in between, as the manager of a job has it; {"do": "close"} ends the connection.
+Reads one JSON object a line:
+
+    {"do": "connect"}
+    {"do": "publish", "images": DIRECTORY, "sequence": N}
+    {"do": "fetch", "sequence": N, "into": DIRECTORY}
+    {"do": "changed", "old": DIRECTORY, "new": DIRECTORY}
+    {"do": "close"}
+
+and answers each by one: seconds; cpu, the seconds of this process and of the ssh that it started; bytes, added
+to the store; anonymous, the most anonymous memory so far, in bytes. Until "close" the store stays open, as the
+manager of a job has it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Outlast's store beside ssh cat, restic, borg and rsync: images of real programs to the same sshd, in turns.
+"""Outlast's store beside ssh cat, restic, borg and rsync: images of real programs, one sshd, in turns.
 
 Four programs are dumped by CRIU on a node of a cluster, three times each. Then every tool ships the first dump
 and the two that follow, and brings the last one back; tools take turns, all of them over SSH with the same
-cipher to the same sshd on loopback, whose directory is on tmpfs. At last all is done once more at a round trip
-of 20 ms. Outlast is connected as the manager of a job is, once for all checkpoints; the other tools connect for
-each, so "outlast+connect" has that time added. Takes about 15 minutes and 3 GB of memory. Needs restic,
-borgbackup, rsync and zstd, as Debian has them.
+cipher to the same sshd on loopback, whose directory is on tmpfs. At last all is done once more at a round
+trip of 20 ms. Outlast is connected as the manager of a job is, once for all checkpoints; the other tools
+connect for each, so "outlast+connect" has that time added. Takes about 15 minutes and 4 GB of memory. Needs
+restic, borgbackup and rsync, as Debian has them.
 
 The ratios are Outlast's median divided by the other's, for each program; in "notes" of the JSON object stand
 their medians over the programs, and the load of the machine in the meantime.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import itertools
 import os
 import shutil
 import statistics
@@ -61,7 +62,7 @@ def run(bench: Bench) -> None:
     given = bench.options
     python = given.python or _python()
     before = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="outlast-bench-", dir="/dev/shm") as name:  # noqa: S108 - tmpfs
+    with tempfile.TemporaryDirectory(prefix="outlast-bench-", dir="/dev/shm") as name:
         home = Path(name)
         _get_images(bench, home / "images")
         images.noise(home / "images" / _NOISE / "1", _NOISE_SIZE)
@@ -118,10 +119,6 @@ def _measure(
         if isinstance(tool, tools.Outlast):
             connecting = tool.connect()
             bench.add(variant, f"{where}connect", connecting, "s")
-            if not where:
-                for old, new in zip(dumps, dumps[1:], strict=False):
-                    quantity = f"{program} following bytes"
-                    bench.add("changed pages", quantity, tool.changed(old, new), "bytes")
 
         def keep(what: str, size: int, step: Callable[[], tools.Step], *, ships: bool) -> None:
             on_server = server.cpu_seconds()
@@ -145,6 +142,9 @@ def _measure(
         keep("restore", sizes[-1], lambda: tool.restore(len(dumps), into), ships=False)
         if isinstance(tool, tools.Outlast):
             bench.add(variant, f"{where}{program} anonymous memory", tool.anonymous, "bytes")
+            for old, new in itertools.pairwise(dumps if not where else []):
+                changed = tool.changed(old, new)
+                bench.add("changed pages", f"{program} following bytes", changed, "bytes")
         if variant != "ssh cat" and not _same(dumps[-1], into, program):
             bench.problem(f"{variant}: {program}: what came back is not what was shipped")
     shutil.rmtree(into, ignore_errors=True)

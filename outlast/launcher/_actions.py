@@ -36,6 +36,8 @@ class Actions:
             UsageError: there is no such action, no such job of the user's, or not in its state.
             OutlastError: the scheduler or the watcher said no.
         """
+        # What the page shows may be some seconds old, and so what the user decided upon.
+        await self._board.refresh()
         job = self._board.job(job_id)
         if job is None or name not in self._table:
             raise UsageError(
@@ -69,7 +71,11 @@ class Actions:
     async def _hold(self, job: Job) -> str:
         if job.kind == "pending":
             await self._slurm.hold(job.handle)
-            return "held: the job does not start until it is released"
+            await self._board.refresh()
+            job = self._board.job(job.id) or job
+            # One that has started in this moment runs on, whatever "hold" says.
+            if job.kind != "running":
+                return "held: the job does not start until it is released"
         if job.kind != "running":
             raise UsageError(f"job {job.id}: is {job.state}; only a pending or running job can be held")
         if job.id in self._holding:

@@ -50,6 +50,7 @@ class Board:
         self._changed = asyncio.Event()
         self._pressed = asyncio.Event()
         self._viewers = 0
+        self._looking = asyncio.Lock()
         self.problems: dict[str, str] = {}
 
     # --- for pages ---------------------------------------------------------------------------------------
@@ -125,10 +126,15 @@ class Board:
                 continue
 
     async def refresh(self) -> None:
-        """Look once, now."""
+        """Return when what is known is not older than this call."""
         await self._look()
 
     async def _look(self) -> None:
+        # One at a time: an older answer must not come after a newer one.
+        async with self._looking:
+            await self._look_now()
+
+    async def _look_now(self) -> None:
         jobs, kept = await asyncio.gather(self._slurm.jobs(), self._status(), return_exceptions=True)
         problems = {}
         for source, answer in (("scheduler", jobs), ("watcher", kept)):

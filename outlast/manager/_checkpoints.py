@@ -17,6 +17,7 @@ from outlast.config import Config
 from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import open_for_writing
+from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
@@ -60,6 +61,7 @@ class Checkpointer:
         self._launcher = launcher
         self._events = events
         self._modes = Modes(config.checkpoint.mode, criu, events)
+        self.findings = Findings(run, events, say)
         self._wake = threading.Condition()
         self._asked = 0
         self._done = 0
@@ -76,6 +78,7 @@ class Checkpointer:
     def start(self) -> None:
         """Begin; the first checkpoint is due one interval from now."""
         self._modes.prepare()
+        self.findings.begin()
         self._thread.start()
 
     def ask(self) -> None:
@@ -176,6 +179,8 @@ class Checkpointer:
         name = id_.name(self._run.job.job_id)
         images = self._run.directory / "spool" / f"{id_.epoch}.{id_.seq}"
         mode, reason = self._modes.choose()
+        if self.last_error is not None:
+            self.findings.tell(self.findings.look())
         try:
             images.mkdir(mode=0o700, parents=True)
             files: list[dict[str, Any]] = []
@@ -225,15 +230,16 @@ class Checkpointer:
         assert capsule is not None  # noqa: S101 - there is no checkpointer without a job
         self._events.add("dump", f"checkpoint {run.epoch}.{run.seq} begins")
         try:
-            return self._criu.dump(
-                capsule,
-                images,
-                lambda: files.__setitem__(slice(None), self._look(capsule, images)),
-                tcp=self._config.checkpoint.tcp,
-                external=[entry["external"] for entry in run.passed if "external" in entry],
-                lock_fd=lock,
-                mode=mode,
-            )
+            with self.findings.dumping:
+                return self._criu.dump(
+                    capsule,
+                    images,
+                    lambda: files.__setitem__(slice(None), self._look(capsule, images)),
+                    tcp=self._config.checkpoint.tcp,
+                    external=[entry["external"] for entry in run.passed if "external" in entry],
+                    lock_fd=lock,
+                    mode=mode,
+                )
         finally:
             keep_log(images / "dump.log", run)
             (images / "dump.log").unlink(missing_ok=True)

@@ -25,12 +25,14 @@ from outlast import control
 from outlast.config import Config, StoreConfig
 from outlast.control import Peer
 from outlast.errors import ConfigError, LeaseLost, OutlastError, UsageError
+from outlast.manager._calls import Calls
 from outlast.manager._checkpoints import Checkpointer
 from outlast.manager._events import EventLog
+from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
 from outlast.manager._leaving import Leaving
-from outlast.manager._launch import Launcher, epoch_of, first_epoch_of
+from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, remember_choice
 from outlast.manager._mom import Mom
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
@@ -99,6 +101,7 @@ class Manager:
         self._finished = threading.Event()  # nothing is left to do for it
         self._leased = threading.Event()
         self._holding: Holding | None = None
+        self._calls: Calls | None = None
         self._scheduler: Witness | None = None
         self._leaving: Leaving | None = None
 
@@ -108,6 +111,7 @@ class Manager:
         inherited = self._run  # not what a shim starts as soon as it can connect
         with (directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._calls = Calls(directory)
             shim_listener = control.listen(directory / "shim.sock")
             control_listener = control.listen(directory / "manager.sock")
             self._point_link_at(directory)
@@ -247,10 +251,12 @@ class Manager:
         self._leased.set()
         run.capsule = self._launcher.launch(run, shim)
         run.save()
-        shim.started()
+        shim.started(ask=self._scheduler is not None and run.mom is None)
+        self._guard(run)
         self._launcher.await_pages(run, shim)
         run.save()
-        self._take_over(run, shim.say)
+        self._take_over(run, shim.say, end_of(shim.environment))
+        threading.Thread(target=self._hear, args=(shim,), daemon=True).start()
         if run.mom is not None and run.mom.attach(next(run.capsule.tasks(), 0), run.uid):
             shim.attached()
 
@@ -275,6 +281,11 @@ class Manager:
         store = self._config.store
         return dataclasses.replace(store, timeout=min(store.timeout, max(1.0, self._config.lease.ttl / 2)))
 
+    def _guard(self, run: Run) -> None:
+        # Without a scheduler nobody runs the job again elsewhere but a person, who can be asked to wait.
+        if self._holding is not None and run.capsule is not None and not self._standalone:
+            self._holding.watch(Guard(run.directory, run.capsule, run.shim_pid))
+
     def _hear(self, shim: Shim) -> None:
         """Decide on the signals that the shim tells of."""
         for number in shim.signals():
@@ -287,9 +298,7 @@ class Manager:
         self, run: Run, say: Callable[[str], None] = lambda _: None, end: float | None = None
     ) -> None:
         """Guard and checkpoint the running job from now on, and see to its end."""
-        if self._holding is not None and run.capsule is not None and not self._standalone:
-            # Without a scheduler nobody runs the job again elsewhere but a person, who can be asked to wait.
-            self._holding.watch(Guard(run.directory, run.capsule, run.shim_pid))
+        self._guard(run)
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
         if isinstance(self._scheduler, SlurmScheduler) and self._holding is not None and run.capsule is not None:
@@ -393,12 +402,26 @@ class Manager:
                 self._events.add("asked", f"user {request.get('uid')} asked for a checkpoint")
                 self._checkpointer.ask()
             elif request.get("op") in ("migrate", "hold") and self._leaving is not None:
-                why = f"user {request.get('uid')} asked for it"
-                hold = request["op"] == "hold"
-                self._leaving.start(why, hold=hold, to=request.get("to"), away=not hold)
+                self._leave(store, self._leaving, request)
+            elif request.get("op") == "restart" and self._leaving is not None:
+                remember_choice(store, self._job, request, run.epoch + 1)
+                self._leaving.start(f"user {request.get('uid')} had it restarted", save=False)
             elif request.get("op") == "interval":
                 self._checkpointer.set_interval(int(request["seconds"]))
         self._events.flush(store)
+
+    def _leave(self, store: Store, leaving: Leaving, request: Mapping[str, Any]) -> None:
+        hold, to = request["op"] == "hold", request.get("to")
+        bound = store.get_record(self._job, "bound") or {}
+        if to is not None:
+            store.put_record(self._job, "bound", {"node": to})
+        leaving.start(
+            f"user {request.get('uid')} asked for it",
+            hold=hold,
+            to=to,
+            away=not hold,
+            unbind=bound.get("node") == self._node,
+        )
 
     def _fence(self, error: LeaseLost) -> None:
         """End this copy of the job: another, of a later run, goes on elsewhere."""
@@ -425,6 +448,11 @@ class Manager:
             # Not before the peer has hung up: it may be a process of the job, and CRIU dumps no connections.
             threading.Timer(_HANG_UP_SECONDS, self._checkpointer.ask).start()
             return {}
+        if operation == "ckpt":
+            return self._ckpt(peer)
+        if operation == "explain":
+            found = self._checkpointer.findings.look() if self._checkpointer is not None else []
+            return {"findings": [as_dictionary(one) for one in found]}
         if operation == "hold" and peer.uid == 0:
             return self._hold()
         if operation == "job-ended" and peer.uid == 0:
@@ -434,6 +462,15 @@ class Manager:
                 self._run.capsule.kill()
             return {}
         raise UsageError(f"{operation!r}: no such request")
+
+    def _ckpt(self, peer: Peer) -> Mapping[str, str]:
+        """Have a checkpoint taken for a process of the job, which waits for it without a connection."""
+        run, checkpointer = self._run, self._checkpointer
+        if checkpointer is None or self._calls is None or run is None or run.capsule is None:
+            raise UsageError(f"job {self._job.job_id} does not run on this node")
+        if peer.pid not in run.capsule.tasks():
+            raise UsageError(f"process {peer.pid} is not of job {self._job.job_id}")
+        return self._calls.accept(lambda: checkpointer.take().id.name(self._job.job_id))
 
     def _hold(self) -> Mapping[str, Any]:
         """Take a checkpoint, and end this run when it is in the store: the scheduler holds the job."""

@@ -110,9 +110,11 @@ class Holding:
 
     def watch(self, guard: Guard) -> None:
         """Have *guard* stop the job from now on whenever the lease runs out."""
+        first = self._guard is None
         self._guard = guard
         self._allow()
-        threading.Thread(target=self._seek_witness, name="witness", daemon=True).start()
+        if first:
+            threading.Thread(target=self._seek_witness, name="witness", daemon=True).start()
 
     def extend(self, since: float) -> None:
         """The lease was extended, by what was begun at *since* (`boottime`)."""

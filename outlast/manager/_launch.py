@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
 from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
+from outlast.manager._calls import VARIABLE
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
 from outlast.manager._restore import Restorer
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
-from outlast.model import JobKey
+from outlast.model import Checkpoint, CheckpointId, JobKey
 from outlast.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class Launcher:
         if run.mom is not None:
             run.mom.await_script(shim.stdio[0])
         run.passed = passed_through(shim.stdio)
-        capsule = start_capsule(shim.context, run.argv, shim.environment, run.directory)
+        environment = {**shim.environment, VARIABLE: str(run.directory.with_name(run.job.job_id))}
+        capsule = start_capsule(shim.context, run.argv, environment, run.directory)
         # The log can be read on the store's machine, so it does not tell the arguments.
         self._events.add("started", Path(run.argv[0]).name, interval=run.interval)
         return capsule
@@ -169,6 +171,10 @@ class Launcher:
 
     def _go_on(self, run: Run, shim: Shim, store: Store, *, whole: bool = False) -> Capsule:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
+        for request in store.take_requests(run.job):
+            # What else was asked for was asked of the run before.
+            if request.get("op") == "restart":
+                remember_choice(store, run.job, request, run.epoch)
         ended = store.get_record(run.job, "ended")
         # One that ended well because it was asked to (requeued, preempted) has not done its work yet.
         if ended is not None and ended.get("status") == 0 and not ended.get("asked"):
@@ -208,6 +214,21 @@ class Launcher:
             run.mom.set_back(files, shim.stdio)
             files = [entry for entry in files if not run.mom.kept_here(entry["path"])]
         shim.set_back(files, run.epoch - 1)
+
+
+def remember_choice(store: Store, job: JobKey, request: Mapping[str, Any], run: int) -> None:
+    """Have run *run* of *job*, and those after it, go on from the checkpoint that somebody chose."""
+    store.put_record(job, "restart", {"checkpoint": request["checkpoint"], "run": run})
+    # One that had done all its work would be begun anew.
+    store.put_record(job, "ended", {"status": None, "epoch": run - 1, "time": time.time()})
+
+
+def _wanted(checkpoints: list[Checkpoint], chosen: Mapping[str, Any] | None) -> list[Checkpoint]:
+    """Leave out what is newer than the checkpoint from which somebody had the job restarted, but not newer runs'."""
+    if chosen is None:
+        return checkpoints
+    newest = CheckpointId(*chosen["checkpoint"])
+    return [one for one in checkpoints if one.id <= newest or one.id.epoch >= chosen["run"]]
 
 
 def epoch_of(environment: Mapping[str, str]) -> int:

@@ -76,7 +76,16 @@ class Leaving:
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def start(self, why: str, *, hold: bool = False, to: str | None = None, away: bool = False) -> None:
+    def start(
+        self,
+        why: str,
+        *,
+        hold: bool = False,
+        to: str | None = None,
+        away: bool = False,
+        unbind: bool = False,
+        save: bool = True,
+    ) -> None:
         """Leave, in a thread of its own.
 
         Args:
@@ -84,8 +93,15 @@ class Leaving:
             hold: the job is not to run before it is released.
             to: it is to run on this node.
             away: it is to run on another node than this, at once.
+            unbind: the scheduler is to start it anywhere, though it was sent to this very node.
+            save: begin with a checkpoint.
         """
-        self._in_thread(lambda: self._leave(why, hold=hold, to=to, away=away))
+
+        def act() -> None:
+            if self._leave(why, hold=hold, save=save) and away:
+                self._send_on(to, unbind=unbind)
+
+        self._in_thread(act)
 
     def before_end(self, end: float | None) -> None:
         """Leave before the run's time is over, at *end* (Unix time; None asks the scheduler)."""
@@ -114,9 +130,10 @@ class Leaving:
         self._threads.append(thread)
         thread.start()
 
-    def _leave(self, why: str, *, hold: bool, to: str | None, away: bool) -> None:
+    def _leave(self, why: str, *, hold: bool = False, save: bool = True) -> bool:
+        """Save the job, and have it queued again; return whether that was done."""
         if not self._busy.acquire(blocking=False):
-            return
+            return False
         try:
             job = self._scheduler.job(self._job_id)
             if not is_this_run(job, self._epoch, self._node):
@@ -127,22 +144,21 @@ class Leaving:
                     "the job may not be requeued (--no-requeue)", hint="scontrol update JobId=... Requeue=1"
                 )
             self._events.add("leaving", why)
-            name = self._checkpointer.take().id.name(self._job_id)
+            saved = f", with checkpoint {self._checkpointer.take().id.name(self._job_id)}" if save else ""
             # What it would do from now on would be done once more.
             self._holding.stop()
+            self._events.add("left", f"the job is queued again{saved}")
             (self._scheduler.requeue_hold if hold else self._scheduler.requeue)(job.handle)
         except OutlastError as error:
             self._holding.go_on()
             self._events.add("not-left", f"{why}: {error}; the job runs on", hint=error.hint)
             self._busy.release()
-            return
-        self._events.add("left", f"{why}: the job is queued again with checkpoint {name}")
+            return False
         self._await(lambda now: not is_this_run(now, self._epoch, self._node), _TAKEN_SECONDS)
         self._capsule.kill()
-        if to is not None or away:
-            self._send_on(to)
+        return True
 
-    def _send_on(self, to: str | None) -> None:
+    def _send_on(self, to: str | None, *, unbind: bool) -> None:
         """Have the pending job start elsewhere without the delay that a requeued job has."""
 
         def settled(now: SchedulerJob | None) -> bool:
@@ -150,6 +166,8 @@ class Leaving:
                 return True
             if now.state is not JobState.PENDING:
                 return False
+            if unbind and to is None and now.required == (self._node,):
+                self._scheduler.require(now.handle, "")
             if to is not None and now.required != (to,):
                 self._scheduler.require(now.handle, to)
             if to is None and self._node not in now.excluded:
@@ -179,7 +197,7 @@ class Leaving:
                     job = self._scheduler.job(self._job_id)
                     end = job.end if job is not None else None
                 if end and end - time.time() <= self._notice():
-                    self._leave("the time limit comes", hold=False, to=None, away=False)
+                    self._leave("the time limit comes")
                     return
             left = _LOOK_SECONDS if end is None else max(0.5, end - time.time() - self._notice())
             self._over.wait(min(left, _LOOK_SECONDS))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pwd
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobState, SchedulerJob, SchedulerNode
 from outlast.scheduler import SchedulerRefused, SchedulerUnavailable
 
+log = logging.getLogger(__name__)
+
 COMMAND_SECONDS = 10.0
 # Where the commands are if not on PATH, as under a service.
 _PLACES = ("/opt/pbs/bin", "/usr/pbs/bin")
@@ -24,6 +28,7 @@ _MARK = "outlast: "
 # A node that the watcher took out of service is put back when PBS has found it up for so long. PBS takes up to
 # a minute to notice that a connection is dead (keepalive 30 s, 3 probes of 10 s), and calls it free till then.
 _READMIT_SECONDS = 120
+_READMIT_CYCLE = 15.0  # seconds between two looks
 
 # Source: PBS Professional 2022.1 Reference Guide, table "Job States"; S and U keep their host and renew the
 # lease. F, finished, and X, a finished task of an array, are told apart by Exit_status.
@@ -169,6 +174,7 @@ class PbsScheduler:
             ConfigError: a command is not installed.
         """
         self._timeout = timeout
+        self._readmitting: threading.Thread | None = None
         self._programs = {name: _which(name) for name in ("qstat", "pbsnodes", "qrerun")}
         passed = ("PATH", "PBS_CONF_FILE")
         self._environment = {name: os.environ[name] for name in passed if name in os.environ}
@@ -181,9 +187,10 @@ class PbsScheduler:
     def nodes(self) -> tuple[SchedulerNode, ...]:
         """See `Scheduler.nodes`. A node that `mark_down` took out of service, and that is up, is put back."""
         output = self._run(nodes_command())
-        for name in to_readmit(output, time.time()):
-            self._run(clear_command(name))
-        return parse_nodes(output)
+        nodes = parse_nodes(output)
+        if not all(node.up for node in nodes):
+            self._readmit_later()
+        return nodes
 
     def requeue(self, handle: str) -> None:
         """See `Scheduler.requeue`."""
@@ -203,6 +210,7 @@ class PbsScheduler:
 
     def _mark_one_down(self, node: str, reason: str) -> None:
         self._run(offline_command(node, reason))
+        self._readmit_later()
         if node in down_nodes(self._run(nodes_command())):
             # PBS knows, and queues them node_fail_requeue seconds after it did. A qrerun now would queue them
             # at once, but PBS then waits for that MoM's answer before it runs them: they would be stuck until
@@ -210,6 +218,24 @@ class PbsScheduler:
             return
         for handle in jobs_on(self._run(jobs_command()), node):
             self._run(requeue_command(handle))
+
+    def _readmit_later(self) -> None:
+        """Put back what was taken out of service when it is up again, whether or not the watcher looks then."""
+        if self._readmitting is None or not self._readmitting.is_alive():
+            self._readmitting = threading.Thread(target=self._readmit, daemon=True)
+            self._readmitting.start()
+
+    def _readmit(self) -> None:
+        left = True
+        while left:
+            time.sleep(_READMIT_CYCLE)
+            try:
+                output = self._run(nodes_command())
+                for name in to_readmit(output, time.time()):
+                    self._run(clear_command(name))
+                left = not all(node.up for node in parse_nodes(output))
+            except OutlastError as error:
+                log.warning("no node is put back into service now: %s", error)
 
     def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
         """See `Scheduler.exclude`: a node that was marked down is out of service for all, so there is nothing to do."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT = 3, 4, 5, 6, 7, 8
 OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, RENAME, EXTENDED = 11, 12, 13, 14, 15, 18, 200
@@ -35,6 +35,10 @@ _LARGEST_PACKET = 1 << 20  # of an answer; beyond it the stream is out of step
 
 Request = tuple[int, bytes]  # a kind and its payload without the id
 Reply = tuple[int, memoryview]  # a kind and its payload without the id
+
+
+# Bytes moved so far: sessions to share the work with, each with its handle of the file.
+More: TypeAlias = "Callable[[int], Sequence[tuple[Wire, bytes]]]"
 
 
 class Link(Protocol):
@@ -74,6 +78,11 @@ class Attributes:
     mtime: int
 
 
+def _alone(moved: int) -> Sequence[tuple[Wire, bytes]]:
+    del moved
+    return ()
+
+
 class Wire:
     """One SFTP session. After Lost it is of no more use; after Status it goes on."""
 
@@ -85,12 +94,14 @@ class Wire:
         self.lost = False
         self.extensions = self._handshake()
         self._request_size = self._limit()
+        # How many requests may be under way.
+        self.depth = max(1, min(_IN_FLIGHT, _IN_FLIGHT_BYTES // self._request_size))
 
     # --- operations -------------------------------------------------------------------------------
 
     def open(self, path: str, flags: int) -> bytes:
         """Open *path* and return the handle; a file that this creates is its owner's alone."""
-        return _string(*self.call(OPEN, text(path) + struct.pack(">III", flags, _PERMISSIONS, 0o600)))
+        return handle_of(*self.call(OPEN, text(path) + struct.pack(">III", flags, _PERMISSIONS, 0o600)))
 
     def close(self, handle: bytes) -> None:
         """Give up *handle*."""
@@ -100,30 +111,37 @@ class Wire:
         """Return the attributes of *path*, not following a symbolic link."""
         return attributes(*self.call(LSTAT, text(path)))
 
-    def write(self, handle: bytes, chunks: Iterable[bytes]) -> int:
+    def write(self, handle: bytes, chunks: Iterable[bytes], more: More = _alone) -> int:
         """Write *chunks* from the file's start on and make them durable; return the bytes written.
 
-        All answers are in when this returns, so the bytes are on the server's disk.
+        All answers are in when this returns, so the bytes are on the server's disk. *more* is called with the
+        bytes sent so far, and gives sessions to share the work with, which have the same file open.
         """
         size = 0
+        helped = False
 
-        def requests() -> Iterator[Request]:
-            nonlocal size
-            head = block(handle)
-            synced = 0
-            for chunk in chunks:
-                for start in range(0, len(chunk), self._request_size):
-                    piece = chunk[start : start + self._request_size]
-                    yield WRITE, head + struct.pack(">QI", size, len(piece)) + piece
-                    size += len(piece)
+        def requests() -> Iterator[tuple[Wire, Request]]:
+            nonlocal size, helped
+            synced = turn = 0
+            for piece in _pieces(chunks, self._request_size):
+                lanes = [(self, handle), *more(size)]
+                helped = helped or len(lanes) > 1
+                wire, its_handle = lanes[turn % len(lanes)]
+                turn += 1
+                yield wire, (WRITE, block(its_handle) + struct.pack(">QI", size, len(piece)) + piece)
+                size += len(piece)
                 if size - synced >= _FSYNC_EVERY:
                     synced = size
-                    yield from self.fsync_requests(handle)
-            yield from self.fsync_requests(handle)
+                    yield from ((self, request) for request in self.fsync_requests(handle))
+            if not helped:
+                yield from ((self, request) for request in self.fsync_requests(handle))
 
-        with contextlib.closing(self.pipeline(requests())) as replies:
+        with contextlib.closing(pipeline(requests())) as replies:
             for kind, payload in replies:
                 check(kind, payload)
+        if helped:  # what others have sent is surely written only now that they have been answered
+            for request in self.fsync_requests(handle):
+                check(*self.call(*request))
         return size
 
     def fsync_requests(self, handle: bytes) -> list[Request]:
@@ -132,21 +150,29 @@ class Wire:
             return []
         return [(EXTENDED, text("fsync@openssh.com") + block(handle))]
 
-    def read(self, handle: bytes, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield the bytes of each (offset, length). Raises EOFError where the file ends too early."""
+    def read(self, handle: bytes, ranges: Iterable[tuple[int, int]], more: More = _alone) -> Iterator[bytes]:
+        """Yield the bytes of each (offset, length); *more* is as for `write`, with the bytes asked for so far.
+
+        Raises EOFError where the file ends too early.
+        """
         head = block(handle)
         pieces: deque[tuple[int, int, bool]] = deque()  # offset, length, is the last one of its range
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[tuple[Wire, Request]]:
+            total = turn = 0
             for offset, length in ranges:
                 end = offset + length
                 for start in range(offset, end, self._request_size):
                     size = min(self._request_size, end - start)
                     pieces.append((start, size, start + size == end))
-                    yield READ, head + struct.pack(">QI", start, size)
+                    lanes = [(self, handle), *more(total)]
+                    wire, its_handle = lanes[turn % len(lanes)]
+                    turn += 1
+                    yield wire, (READ, block(its_handle) + struct.pack(">QI", start, size))
+                    total += size
 
         got: list[bytes | memoryview] = []
-        with contextlib.closing(self.pipeline(requests())) as replies:
+        with contextlib.closing(pipeline(requests())) as replies:
             for kind, payload in replies:
                 offset, length, last = pieces.popleft()
                 data: bytes | memoryview = _data(kind, payload)
@@ -164,7 +190,7 @@ class Wire:
 
     def list(self, path: str) -> list[tuple[str, Attributes]]:
         """Return the names in the directory *path* and their attributes, without "." and ".."."""
-        handle = _string(*self.call(OPENDIR, text(path)))
+        handle = handle_of(*self.call(OPENDIR, text(path)))
         entries: list[tuple[str, Attributes]] = []
         try:
             ended = False
@@ -194,23 +220,8 @@ class Wire:
         return self._reply(self._send(kind, payload))
 
     def pipeline(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
-        """Send *requests* and yield their answers in the same order; many are under way at once.
-
-        Close it (contextlib.closing) when leaving early: then it takes in the answers still to come,
-        so that the session can go on.
-        """
-        depth = max(1, min(_IN_FLIGHT, _IN_FLIGHT_BYTES // self._request_size))
-        under_way: deque[int] = deque()
-        try:
-            for kind, payload in requests:
-                if len(under_way) >= depth:
-                    yield self._reply(under_way.popleft())
-                under_way.append(self._send(kind, payload))
-            while under_way:
-                yield self._reply(under_way.popleft())
-        finally:
-            while under_way and not self.lost:
-                self._reply(under_way.popleft())
+        """As the function `pipeline`, all in this session."""
+        return pipeline((self, request) for request in requests)
 
     def _send(self, kind: int, payload: bytes) -> int:
         self._id = (self._id + 1) & 0xFFFFFFFF
@@ -281,7 +292,54 @@ class Wire:
         return min(reading or _LARGE_REQUEST, writing or _LARGE_REQUEST, _LARGE_REQUEST)
 
 
+def pipeline(requests: Iterable[tuple[Wire, Request]]) -> Generator[Reply, None, None]:
+    """Send *requests*, each in its session, and yield their answers in the same order; many are under way at once.
+
+    Close it (contextlib.closing) when leaving early: then it takes in the answers still to come, so that
+    the sessions can go on.
+    """
+    under_way: deque[tuple[Wire, int]] = deque()
+    depths: Counter[Wire] = Counter()
+
+    def answer() -> Reply:
+        wire, number = under_way.popleft()
+        depths[wire] -= 1
+        return wire._reply(number)
+
+    try:
+        for wire, (kind, payload) in requests:
+            while depths[wire] >= wire.depth:
+                yield answer()
+            under_way.append((wire, wire._send(kind, payload)))
+            depths[wire] += 1
+        while under_way:
+            yield answer()
+    finally:
+        while under_way:
+            if under_way[0][0].lost:
+                under_way.popleft()
+            else:
+                answer()
+
+
 # --- the bytes of requests and replies ----------------------------------------------------------------
+
+
+def _pieces(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield the same bytes in pieces of *size*, but for the last."""
+    parts: list[memoryview] = []
+    missing = size
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while len(rest) >= missing:
+            yield b"".join((*parts, rest[:missing]))
+            rest, missing = rest[missing:], size
+            parts.clear()
+        if rest:
+            parts.append(rest)
+            missing -= len(rest)
+    if parts:
+        yield b"".join(parts)
 
 
 def block(data: bytes) -> bytes:
@@ -318,7 +376,8 @@ def _error(kind: int, payload: memoryview) -> Exception:
     return Status(_status(kind, payload), message)
 
 
-def _string(kind: int, payload: memoryview) -> bytes:
+def handle_of(kind: int, payload: memoryview) -> bytes:
+    """Return the handle in a HANDLE answer. Raises Status where it is another."""
     if kind != _HANDLE:
         raise _error(kind, payload)
     return _string_at(payload, 0)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,8 @@ from outlast.errors import UsageError
 from outlast.model import Checkpoint, JobKey, JobState, LeaseView, SchedulerJob
 from outlast.scheduler import Scheduler, SchedulerUnavailable
 from outlast.store import Store, open_store
+from outlast.watcher.decisions import BOUND
+from outlast.watcher.loop import STREAM
 
 # Connections to the store that are kept open between requests.
 _IDLE_STORES = 4
@@ -56,6 +59,14 @@ class Desk:
                 return self._events(peer, request)
             case "checkpoint":
                 return self._checkpoint(peer, request)
+            case "migrate" | "hold":
+                return self._leave(peer, request)
+            case "release":
+                return self._release(peer, request)
+            case "restart":
+                return self._restart(peer, request)
+            case "drain":
+                return self._drain(peer, request)
             case "interval":
                 return self._interval(peer, request)
             case "ended":
@@ -104,6 +115,92 @@ class Desk:
                     state = known.raw_state if known else "gone"
                     raise UsageError(f"job {job.job_id}: is {state}; only a running job can be checkpointed")
             return {"request": store.post_request(job, {"op": "checkpoint", "uid": peer.uid})}
+
+    def _leave(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Have a running job saved and queued again: to go on elsewhere, or to be held."""
+        operation, to = request["op"], request.get("to")
+        with self._store() as store:
+            job = self._job_of(peer, request, store)
+            known = self._running(job)
+            bound = {event["target"] for event in store.events(job) if event["event"] == BOUND}
+            if operation == "migrate" and to is None and not bound.issuperset(known.required):
+                raise UsageError(
+                    f"job {job.job_id}: asks for {', '.join(known.required)} by name",
+                    hint="name a node with --to, or submit it without --nodelist",
+                )
+            if to is not None:
+                if operation != "migrate" or to not in {node.name for node in self._scheduler.nodes()}:
+                    raise UsageError(f"{to}: the scheduler knows no such node")
+                if to in known.nodes:
+                    raise UsageError(f"job {job.job_id}: runs on {to} already")
+                _record(store, job, BOUND, known.epoch, to, f"{to}: user {peer.uid} has the job run there")
+            return {"request": store.post_request(job, {"op": operation, "uid": peer.uid, "to": to})}
+
+    def _release(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        with self._store() as store:
+            job = self._job_of(peer, request, store)
+            known = self._scheduled(job)
+            if known.state is not JobState.PENDING:
+                raise UsageError(f"job {job.job_id}: is {known.raw_state}; only a held job can be released")
+            self._scheduler.release(known.handle)
+            _record(store, job, "released", known.epoch, "", f"user {peer.uid} had the job released")
+        return {}
+
+    def _restart(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Have a job run again from a checkpoint of its past: the newest, or the one that was asked for."""
+        name = request.get("checkpoint")
+        with self._store() as store:
+            job = self._job_of(peer, request, store)
+            known = self._scheduled(job)
+            checkpoints = {one.id.name(job.job_id): one.id for one in store.checkpoints(job)}
+            if not checkpoints or (name is not None and name not in checkpoints):
+                raise UsageError(
+                    f"{name or f'job {job.job_id}'}: no such checkpoint in the store",
+                    hint=f"'outlast list {job.job_id}' shows which there are",
+                )
+            chosen = checkpoints[name] if name is not None else max(checkpoints.values())
+            # Read by the manager that runs the job, or else by the next one.
+            store.post_request(
+                job, {"op": "restart", "uid": peer.uid, "checkpoint": [chosen.epoch, chosen.seq]}
+            )
+            chosen_name = chosen.name(job.job_id)
+            _record(store, job, "restarted", known.epoch, "", f"user {peer.uid} had it go on from {chosen_name}")
+            if known.state not in (JobState.PENDING, JobState.RUNNING):
+                self._scheduler.requeue(known.handle)
+        return {"checkpoint": chosen_name}
+
+    def _drain(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Let nothing more start on a node, and have all jobs that are checkpointed there go elsewhere."""
+        node = request.get("node")
+        if not _is_operator(peer):
+            raise UsageError("only an operator may drain a node")
+        if node not in {one.name for one in self._scheduler.nodes()}:
+            raise UsageError(f"{node}: the scheduler knows no such node")
+        self._scheduler.drain(str(node), "outlast: drained")
+        moved = []
+        with self._store() as store:
+            for view in self._leases():
+                if view.lease.node == node:
+                    store.post_request(view.lease.job, {"op": "migrate", "uid": peer.uid, "to": None})
+                    moved.append(view.lease.job.job_id)
+        return {"jobs": moved}
+
+    def _scheduled(self, job: JobKey) -> SchedulerJob:
+        known = {one.job_id: one for one in self._scheduler.jobs()}.get(job.job_id)
+        if known is None:
+            raise UsageError(f"job {job.job_id}: the scheduler does not know it any more")
+        return known
+
+    def _running(self, job: JobKey) -> SchedulerJob:
+        known = self._scheduled(job)
+        if known.state is not JobState.RUNNING:
+            raise UsageError(f"job {job.job_id}: is {known.raw_state}, so there is nothing to be moved")
+        if not known.requeueable:
+            raise UsageError(
+                f"job {job.job_id}: may not be requeued (--no-requeue)",
+                hint=f"allow it: scontrol update JobId={job.job_id} Requeue=1",
+            )
+        return known
 
     def _interval(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Pass on what the scheduler's hook was told of a running job's interval."""
@@ -172,6 +269,21 @@ class Desk:
                     self._idle.append(store)
             if not keep:
                 store.close()
+
+
+def _record(store: Store, job: JobKey, event: str, epoch: int, target: str, text: str) -> None:
+    """Add to a job's log what the watcher did for somebody, in the form in which its loop reads it again."""
+    entry = {
+        "time": time.time(),
+        "node": socket.gethostname().split(".")[0],
+        "event": event,
+        "text": text,
+        "by": STREAM,
+        "epoch": epoch,
+        "target": target,
+        "refused": False,
+    }
+    store.append_events(job, f"{STREAM}-requests", [entry])
 
 
 def _is_operator(peer: Peer) -> bool:

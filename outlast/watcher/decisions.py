@@ -27,6 +27,10 @@ _HASTENED_FOR = 1.0
 _REFUSED_FOR = 10.0
 
 
+# The event of a job that was migrated to a node of somebody's choice.
+BOUND = "bound"
+
+
 class Run(NamedTuple):
     """One run of one job: an action is never taken twice for the same run."""
 
@@ -105,6 +109,7 @@ class Exclude:
     node: str
     reason: str
     nodes: tuple[str, ...] = ()
+    unbind: bool = False  # somebody had it migrate to this node, which binds it to it
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -310,12 +315,13 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         if node in excluded and job.begin > snapshot.now + _WORTH_HASTENING:
             return Hasten(job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}")
         return Leave(run, f"the job waits for a node other than {node}")
-    if node in job.required:
+    bound = any(one.event == BOUND and one.run.job_id == job.job_id and one.node == node for one in snapshot.done)
+    if node in job.required and not bound:
         return Leave(run, f"the job asks for {node} by name, so it waits for that node", "pinned")
     others = {name for name in job.excluded if name != node}
     if not any(known.up and known.name not in {node, *others} for known in snapshot.nodes):
         others -= {*excluded}  # rather where it was lost some time ago than nowhere
-    return Exclude(job, node, f"the job was lost on {node}", tuple(sorted(others)))
+    return Exclude(job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required)
 
 
 def _is_gone(node: str, snapshot: Snapshot) -> bool:

@@ -206,6 +206,9 @@ class Loop:
                 kind = ("later",) if isinstance(one, Readmit) else ("now",)
                 moves.setdefault((*kind, *_kept_from(one)), []).append(one)
         calls = [(key, some) for key, all in moves.items() for some in _batches(all, _JOBS_AT_ONCE)]
+        for one in decisions:
+            if isinstance(one, Exclude) and one.unbind:
+                self._do([], lambda one=one: self._scheduler.require(one.job.handle, ""))  # type: ignore[misc]
         for (when, *nodes), moved in calls[:_CALLS_AT_ONCE]:
             handles = [one.job.handle for one in moved]
             self._do(moved, lambda h=handles, n=nodes, w=when: self._scheduler.exclude(h, n, at_once=w == "now"))  # type: ignore[misc]

@@ -44,10 +44,13 @@ def _place(uid: int) -> Iterator[Place]:
         place.close()
 
 
-@pytest.fixture(params=["root", "user"])
+@pytest.fixture(params=["root", "user", "user, forked"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """A directory for the test and a user: once root, once somebody without rights."""
-    yield from _place(0 if request.param == "root" else USER)
+    """A directory for the test and a user: once root, and somebody without rights by plain and forked dumps."""
+    for place in _place(0 if request.param == "root" else USER):
+        if "forked" in request.param:
+            place.mode = "forked"
+        yield place
 
 
 @pytest.fixture

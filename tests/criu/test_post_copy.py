@@ -44,11 +44,13 @@ class Source:
         self.runs = {memory.name: memory.runs for memory in self.dump.memories}
         self.given = 0
         self.fail_after = 1 << 60
+        self.slow = 0.0  # seconds that each request takes
         self.gate = threading.Event()
         self.gate.set()
 
     def read(self, space: int, vaddr: int, pages: int) -> bytes:
         self.gate.wait(20)
+        time.sleep(self.slow)
         if self.given > self.fail_after:
             raise OSError("the store is gone")
         buffer = bytearray(pages * PAGE)
@@ -79,7 +81,7 @@ def test_job_goes_on_and_has_its_memory(place: Place) -> None:
     assert (server.error, server.complete) == (None, True)
     place.touch("go")
     again.says("same")
-    assert exit_code(again.ended()) == 0
+    assert again.ended() == exit_code(0)
 
 
 def test_job_runs_while_most_of_its_memory_is_not_there(place: Place) -> None:
@@ -97,15 +99,16 @@ def test_job_runs_while_most_of_its_memory_is_not_there(place: Place) -> None:
     again.says("same")
     assert given < sum(pages for some in source.runs.values() for _, _, pages in some)
     assert server.wait(60)
-    assert exit_code(again.ended()) == 0
+    assert again.ended() == exit_code(0)
 
 
 def test_failing_store_ends_the_job_before_it_computes_on_zeros(place: Place) -> None:
     job = place.python(HOLDER)
     job.says("ready")
     source = Source(job, place)
-    source.fail_after = 2000
+    source.slow = 0.02
     again, server = restored(place, job, source)
+    source.fail_after = source.given + 500
 
     assert server.wait(60)
     assert not server.complete
@@ -113,3 +116,16 @@ def test_failing_store_ends_the_job_before_it_computes_on_zeros(place: Place) ->
     assert again.peer.hears_no_more()
     assert "DIFFERENT" not in again.said()
     assert not (again.state / "exit").exists()
+
+
+def test_job_may_end_while_its_pages_still_follow(place: Place) -> None:
+    job = place.python(HOLDER.replace('say("ticks", ticks[0])', "os._exit(3)"))
+    job.says("ready")
+    source = Source(job, place)
+    source.slow = 0.02
+    again, server = restored(place, job, source)
+    place.touch("go")
+
+    assert again.ended() == exit_code(3)
+    assert server.wait(60)
+    assert source.given < sum(pages for some in source.runs.values() for _, _, pages in some)

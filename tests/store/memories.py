@@ -15,7 +15,7 @@ class MadeUpMemory:
     def __init__(self, name: str, runs: Sequence[tuple[int, int, int]], seed: int) -> None:
         self.name = name
         self.runs = list(runs)
-        self.reads = 0  # pages
+        self.gone_after = 1 << 40  # pages that can be read before the memory is gone
         self.data = np.zeros((sum(pages for *_, pages in runs), PAGE), np.uint8)
         self.change(range(len(self.data)), seed)
 
@@ -45,7 +45,9 @@ class MadeUpMemory:
                 assert count * PAGE == len(buffer)
                 assert page + count <= first + pages
                 buffer[:] = self.data[page : page + count].tobytes()
-                self.reads += count
+                self.gone_after -= count
+                if self.gone_after < 0:
+                    raise OSError(5, "the memory is gone")
                 return
             first += pages
         raise OSError(14, "no such pages")

@@ -119,7 +119,7 @@ def test_host_keys_are_strict_whatever_ssh_config_says(
 def test_client_is_the_default_where_it_is_installed(
     server: SshServer, job: JobKey, ssh_config: Path
 ) -> None:
-    ssh_config.write_text("Host *\n  SendEnv NOTHING\n  ProxyCommand /bin/false\n")
+    ssh_config.write_text("Host *\n  ProxyCommand /bin/false\n")
     server.transport = "auto"
 
     with open_store(server.config(server.served)) as store, pytest.raises(OutlastError):

@@ -237,14 +237,14 @@ def test_a_hostlist_of_single_numbers_keeps_their_width(numbers: list[int], widt
 
 def test_commands_name_the_job_and_the_whole_list_of_nodes() -> None:
     assert slurm.requeue_command("6_1") == ["scontrol", "requeue", "6_1"]
-    assert slurm.exclude_command("6_1", ["n1", "n3"]) == [
+    assert slurm.exclude_command(["6_1"], ["n1", "n3"]) == [
         "scontrol",
         "update",
         "JobId=6_1",
         "ExcNodeList=n1,n3",
     ]
-    assert slurm.exclude_command("4", []) == ["scontrol", "update", "JobId=4", "ExcNodeList="]
-    assert slurm.mark_down_command("n1", "no answer") == [
+    assert slurm.exclude_command(["4"], []) == ["scontrol", "update", "JobId=4", "ExcNodeList="]
+    assert slurm.mark_down_command(["n1"], "no answer") == [
         "scontrol",
         "update",
         "NodeName=n1",
@@ -322,7 +322,7 @@ def test_a_no_of_slurmctld_is_told_in_its_own_words(programs: Path, words: str) 
     program(programs, "scontrol", f"echo '{words}' >&2; exit 1")
 
     with pytest.raises(SchedulerRefused) as refused:
-        slurm.SlurmScheduler().exclude("4", ["n1"])
+        slurm.SlurmScheduler().exclude(["4"], ["n1"])
 
     assert str(refused.value) == f"scontrol update JobId=4 ExcNodeList=n1: {words}"
 

@@ -12,6 +12,7 @@ from outlast.watcher.decisions import (
     Done,
     DropLease,
     Exclude,
+    Hasten,
     Leave,
     MarkDown,
     Probe,
@@ -50,6 +51,7 @@ def snapshot(
         nodes=(node,) if node else (),
         probes={"n1": probe} if probe else {},
         done=done,
+        quiet={lease: age} if lease else {},
     )
 
 
@@ -62,7 +64,7 @@ def leave(reason: str, tell: str = "", *, epoch: int = 0) -> Leave:
 
 
 DEAD_REASON = (
-    "no lease was renewed there for 6 s, and there is no answer from 198.18.0.11 port 6818 in 2 tries"
+    "no heartbeat came from there for 6.0 s, and there is no answer from 198.18.0.11 port 6818 in 2 tries"
 )
 
 
@@ -70,8 +72,7 @@ DEAD_REASON = (
     ("change", "outcome"),
     [
         ({}, MarkDown("n1", (Run("17", 0),), DEAD_REASON)),
-        ({"age": 5.0}, leave("the lease runs 0 s more")),
-        ({"age": 2.0}, leave("the lease runs 3 s more")),
+        ({"age": 2.0}, leave("its manager is heard")),
         ({"probe": Probe(False, 1)}, leave("n1 did not answer once; it is asked again")),
         ({"probe": Probe(True, 1)}, leave("manager silent, node alive")),
         ({"probe": Probe(True, 2)}, leave("manager silent, node alive", "manager-silent")),
@@ -117,7 +118,10 @@ def test_a_dead_node_is_marked_down_once_for_all_its_jobs() -> None:
     other = dataclasses.replace(JOB, job_id="18", handle="18", epoch=2)
     lease = Lease(JobKey("c", "18"), 2, "n1", 2000)
     seen = dataclasses.replace(
-        snapshot(), leases=(LeaseView(LEASE, 6.0), LeaseView(lease, 7.0)), jobs=(JOB, other)
+        snapshot(),
+        leases=(LeaseView(LEASE, 6.0), LeaseView(lease, 7.0)),
+        jobs=(JOB, other),
+        quiet={LEASE: 6.0, lease: 7.0},
     )
 
     assert decide(seen, CONFIG) == (MarkDown("n1", (Run("17", 0), Run("18", 2)), DEAD_REASON),)
@@ -130,7 +134,7 @@ def test_a_dead_node_is_marked_down_once_for_all_its_jobs() -> None:
             {"job": LOST},
             Requeue(LOST, "the job is NODE_FAIL by no fault of its own, and its lease has run out"),
         ),
-        ({"job": LOST, "age": 3.0}, leave("the lease runs 2 s more")),
+        ({"job": LOST, "age": 3.0}, leave("the lease runs 1 s more")),
         ({"job": LOST, "done": (done("requeued", node=""),)}, leave("requeued 0 s ago")),
         (
             {"job": LOST, "done": (done("requeued", node="", refused=True, ago=3),)},
@@ -153,10 +157,10 @@ NOT_RESPONDING = dataclasses.replace(ALIVE, responding=False)
 @pytest.mark.parametrize(
     ("change", "outcome"),
     [
-        ({"node": DEAD}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
-        ({"node": NOT_RESPONDING}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
+        ({"node": DEAD}, Exclude(AGAIN, "n1", "the job was lost on n1")),
+        ({"node": NOT_RESPONDING}, Exclude(AGAIN, "n1", "the job was lost on n1")),
         # The node is back before the job runs again.
-        ({"done": (done("node-marked-down"),)}, Exclude(AGAIN, "n1", "the job was lost on n1 6 s ago")),
+        ({"done": (done("node-marked-down"),)}, Exclude(AGAIN, "n1", "the job was lost on n1")),
         # Somebody had it requeued: the node is as good as any.
         ({"node": ALIVE}, leave("the job waits for a node", epoch=1)),
         ({"node": DEAD, "age": 300.0}, leave("the job waits for a node", epoch=1)),
@@ -222,15 +226,104 @@ def test_an_ended_job(change: dict[str, object], outcome: Decision | None) -> No
     assert decide(snapshot(**change), CONFIG) == ((outcome,) if outcome else ())  # type: ignore[arg-type]
 
 
-def test_only_nodes_whose_jobs_are_silent_are_asked() -> None:
-    quiet = SchedulerJob("18", JobState.RUNNING, "RUNNING", 0, ("n2",), 2000, "lu")
+def test_only_nodes_of_which_nothing_is_heard_are_asked() -> None:
+    heard = SchedulerJob("18", JobState.RUNNING, "RUNNING", 0, ("n2",), 2000, "lu")
     nodes = (ALIVE, dataclasses.replace(ALIVE, name="n2"), dataclasses.replace(ALIVE, name="n3"))
-    leases = (LeaseView(LEASE, 6.0), LeaseView(Lease(JobKey("c", "18"), 0, "n2", 2000), 1.0))
+    other = Lease(JobKey("c", "18"), 0, "n2", 2000)
+    leases = (LeaseView(LEASE, 0.0), LeaseView(other, 0.0))
 
-    assert suspects(leases, (JOB, quiet), nodes, CONFIG) == (ALIVE,)
-    assert suspects((LeaseView(LEASE, 3.1),), (JOB,), nodes, CONFIG) == (ALIVE,)
-    assert suspects((LeaseView(LEASE, 2.9),), (JOB,), nodes, CONFIG) == ()
-    assert suspects(leases, (JOB, quiet), (DEAD,), CONFIG) == ()
+    assert suspects(leases, (JOB, heard), nodes, {LEASE: 6.0, other: 0.5}, CONFIG) == (ALIVE,)
+    assert suspects(leases, (JOB,), nodes, {LEASE: 1.1}, CONFIG) == (ALIVE,)
+    assert suspects(leases, (JOB,), nodes, {LEASE: 1.0}, CONFIG) == ()
+    assert suspects(leases, (JOB, heard), (DEAD,), {LEASE: 6.0, other: 6.0}, CONFIG) == ()
+
+
+def test_one_manager_that_is_heard_proves_that_its_node_lives() -> None:
+    neighbor = dataclasses.replace(JOB, job_id="18", handle="18")
+    other = Lease(JobKey("c", "18"), 0, "n1", 2000)
+    seen = dataclasses.replace(
+        snapshot(),
+        leases=(LeaseView(LEASE, 6.0), LeaseView(other, 0.0)),
+        jobs=(JOB, neighbor),
+        quiet={LEASE: 6.0, other: 0.5},
+    )
+
+    assert suspects(seen.leases, seen.jobs, seen.nodes, seen.quiet, CONFIG) == ()
+    assert decide(seen, CONFIG)[0] == leave("manager silent, node alive", "manager-silent")
+
+
+def crowd(count: int, silent: int, quiet: float) -> Snapshot:
+    """A cluster of *count* nodes with a job each, of which *silent* have been so for *quiet* seconds."""
+    jobs = [dataclasses.replace(JOB, job_id=str(i), handle=str(i), nodes=(f"n{i}",)) for i in range(count)]
+    leases = [Lease(JobKey("c", str(i)), 0, f"n{i}", 2000) for i in range(count)]
+    return Snapshot(
+        NOW,
+        tuple(LeaseView(lease, 0.0) for lease in leases),
+        tuple(jobs),
+        tuple(dataclasses.replace(ALIVE, name=f"n{i}") for i in range(count)),
+        {f"n{i}": SILENT for i in range(silent)},
+        (),
+        {lease: quiet if i < silent else 0.1 for i, lease in enumerate(leases)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("silent", "quiet", "marked"), [(2, 3.0, 2), (5, 3.0, 5), (6, 3.0, 0), (6, 10.0, 0), (6, 10.1, 6)]
+)
+def test_where_most_nodes_fall_silent_at_once_the_watcher_doubts_its_own_network_first(
+    silent: int, quiet: float, marked: int
+) -> None:
+    decisions = decide(crowd(10, silent, quiet), CONFIG)
+
+    assert sum(isinstance(one, MarkDown) for one in decisions) == marked
+
+
+FENCE = LeaseView(LEASE.fence(), 1.0)
+
+
+def test_a_job_behind_a_fence_is_kept_off_the_node_it_was_lost_on() -> None:
+    marked = (done("node-marked-down"),)
+    seen = dataclasses.replace(snapshot(job=AGAIN, done=marked), leases=(FENCE,))
+
+    assert decide(seen, CONFIG) == (Exclude(AGAIN, "n1", "the job was lost on n1"),)
+
+
+def test_the_delay_of_a_job_that_is_kept_off_its_node_is_ended_and_again_if_it_is_set_again() -> None:
+    waiting = dataclasses.replace(EXCLUDED, begin=NOW + 6)
+    excluded = done("node-excluded", epoch=1, ago=0.5)
+    hasten = Hasten(waiting, "n1", "it was to wait 6 s, for no node but n1")
+
+    def decided(*past: Done) -> tuple[Decision, ...]:
+        known = (done("node-marked-down"), excluded, *past)
+        return decide(dataclasses.replace(snapshot(job=waiting, done=known), leases=(FENCE,)), CONFIG)
+
+    assert decided() == (hasten,)
+    assert decided(done("hastened", epoch=1, ago=0.5)) == (leave("hastened 0 s ago", epoch=1),)
+    assert decided(done("hastened", epoch=1, ago=1.5)) == (hasten,)
+
+
+def test_a_delay_is_not_ended_for_a_job_that_may_run_on_the_same_node_again() -> None:
+    waiting = dataclasses.replace(AGAIN, begin=NOW + 6)
+
+    assert decide(snapshot(job=waiting), CONFIG) == (leave("the job waits for a node", epoch=1),)
+
+
+def test_a_job_that_was_lost_everywhere_may_run_where_it_was_lost_first() -> None:
+    job = dataclasses.replace(AGAIN, excluded=("n2",))
+    nodes = (DEAD, dataclasses.replace(ALIVE, name="n2"))
+    past = (done("node-excluded", epoch=0, ago=60, node="n2"), done("node-marked-down"))
+    seen = dataclasses.replace(snapshot(job=job, done=past), nodes=nodes)
+
+    assert decide(seen, CONFIG) == (Exclude(job, "n1", "the job was lost on n1"),)
+
+
+def test_a_job_that_was_sent_to_a_node_is_bound_to_it_no_longer_than_the_node_lives() -> None:
+    job = dataclasses.replace(AGAIN, required=("n1",))
+    past = (done("bound", epoch=0, ago=60), done("node-marked-down"))
+
+    assert decide(snapshot(job=job, done=past), CONFIG) == (
+        Exclude(job, "n1", "the job was lost on n1", unbind=True),
+    )
 
 
 NODES = ("n1", "n2")
@@ -244,6 +337,8 @@ EVENTS = [
     "node-excluded",
     "node-readmitted",
     "node-marked-down",
+    "bound",
+    "hastened",
     "requeued",
     "lease-dropped",
 ]
@@ -265,13 +360,14 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             required=draw(SOME_NODES),
             requeueable=not draw(RARELY),
             handle=job_id,
+            begin=draw(st.sampled_from([0.0, NOW + 6])),
         )
         for job_id in JOBS
         if not draw(RARELY)
     ]
     leases = [
         LeaseView(
-            Lease(JobKey("c", job_id), draw(EPOCHS), draw(st.sampled_from(NODES)), 2000),
+            Lease(JobKey("c", job_id), draw(EPOCHS), draw(st.sampled_from([*NODES, *NODES, "_", "_lifted"])), 2000),
             draw(st.sampled_from([0.0, 5.0, 5.1, 20.0, 61.0, 301.0])),
         )
         for job_id in JOBS
@@ -294,10 +390,11 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         refused=RARELY,
     )
     done = draw(st.lists(past, max_size=3))
-    return Snapshot(NOW, tuple(leases), tuple(jobs), tuple(nodes), probes, tuple(done))
+    quiet = {view.lease: draw(st.sampled_from([0.0, 2.0, 2.1, 20.0])) for view in leases}
+    return Snapshot(NOW, tuple(leases), tuple(jobs), tuple(nodes), probes, tuple(done), quiet)
 
 
-@pytest.mark.parametrize("kind", [MarkDown, Requeue, Exclude, Readmit, DropLease])
+@pytest.mark.parametrize("kind", [MarkDown, Requeue, Exclude, Hasten, Readmit, DropLease])
 def test_the_snapshots_below_lead_to_every_action(kind: type) -> None:
     find(
         snapshots(),
@@ -316,11 +413,12 @@ def test_a_node_that_answers_or_was_not_asked_is_never_marked_down(seen: Snapsho
 
 
 @given(snapshots())
-def test_no_node_is_marked_down_while_the_leases_of_its_jobs_run(seen: Snapshot) -> None:
-    ages = {Run(view.lease.job.job_id, view.lease.epoch): view.age for view in seen.leases}
+def test_no_node_is_marked_down_while_any_manager_there_is_heard(seen: Snapshot) -> None:
     for decision in decide(seen, CONFIG):
         if isinstance(decision, MarkDown):
-            assert all(ages[run] > CONFIG.lease.ttl for run in decision.runs)
+            there = [lease for lease in seen.quiet if lease.node == decision.node]
+            assert there
+            assert all(seen.quiet[lease] > CONFIG.watcher.silent for lease in there)
 
 
 @given(snapshots())
@@ -336,17 +434,18 @@ def test_only_lost_jobs_without_a_valid_lease_are_requeued(seen: Snapshot) -> No
 @given(snapshots())
 def test_only_pending_jobs_have_nodes_excluded_and_never_the_one_they_ask_for(seen: Snapshot) -> None:
     for decision in decide(seen, CONFIG):
-        if isinstance(decision, Exclude | Readmit):
+        if isinstance(decision, Exclude | Hasten | Readmit):
             assert decision.job.state is JobState.PENDING
         if isinstance(decision, Exclude):
-            assert decision.node not in {*decision.job.required, *decision.job.excluded}
+            assert decision.node not in decision.job.excluded
+            assert decision.unbind is (decision.node in decision.job.required)
 
 
 @given(snapshots())
 def test_the_lease_of_a_job_that_is_to_run_is_never_dropped(seen: Snapshot) -> None:
     states = {job.job_id: job.state for job in seen.jobs}
     for decision in decide(seen, CONFIG):
-        if isinstance(decision, DropLease):
+        if isinstance(decision, DropLease) and not decision.lease.is_fence:
             state = states.get(decision.lease.job.job_id)
             assert state in (None, JobState.DONE, JobState.FAILED)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 import sys
+from typing import Any
 
 keys = int(sys.argv[1]) if len(sys.argv) > 1 else 700_000
 draw = random.Random(1)  # noqa: S311 - no secret
-table = {
+table: dict[str, Any] = {
     f"account-{number}": [number, float(number), [], f"holder {number * 7919 % keys}"]
     for number in range(keys)
 }

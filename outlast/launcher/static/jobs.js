@@ -95,7 +95,7 @@ export class JobList {
     const entry = this.entries.get(row.id);
     setText(entry.name, row.name || "(no name)");
     setText(entry.state, stateWord(row));
-    entry.state.dataset.kind = row.kind;
+    if (entry.state.dataset.kind !== row.kind) entry.state.dataset.kind = row.kind;
     const facts = [row.id];
     if (row.nodes) facts.push(row.nodes);
     if (row.restarts) facts.push(plural(row.restarts, "restart"));

@@ -26,7 +26,11 @@ export function read(events, row, now) {
   for (const event of events) {
     const { event: word, node, time: at } = event;
     if (STARTS.has(word)) {
-      close(at, "lost");
+      if (open) {
+        // Nobody has told of its end: the scheduler itself may have found its node dead.
+        failures.push({ word: "lost", text: "nothing more was heard of this run", at: open.last, node: open.node });
+        close(open.last, "lost");
+      }
       open = { node, start: at, end: null, how: null, word, from: event.checkpoint || null, epoch: event.epoch, last: at };
       runs.push(open);
     } else if (ENDS.has(word) && open && node === open.node) {

@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -141,7 +142,8 @@ def stopped_child() -> Check:
     pid = child(linger)
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
-    return lambda: Path(f"/proc/{pid}/stat").read_text().split()[2]
+    # Of a dump one sees "t" for a moment: CRIU traces what it stops.
+    return lambda: Path(f"/proc/{pid}/stat").read_text().split()[2].upper()
 
 
 @kind
@@ -513,13 +515,23 @@ def signalfd() -> Check:
 
 @kind
 def inotify() -> Check:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", delete=False) as watched:
+        return watching(watched)
+
+
+@kind
+def inotify_without_handles() -> Check:
     os.mkdir("watched")
+    return watching("watched")
+
+
+def watching(directory: str) -> Check:
     fd = fd_of(LIBC.inotify_init1(0))
-    fd_of(LIBC.inotify_add_watch(fd, b"watched", 0x100))
+    fd_of(LIBC.inotify_add_watch(fd, directory.encode(), 0x100))
 
     def check() -> object:
-        Path("watched/file").touch()
-        Path("watched/file").unlink()
+        Path(directory, "file").touch()
+        Path(directory, "file").unlink()
         return b"file" in os.read(fd, 4096)
 
     return check

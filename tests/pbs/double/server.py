@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,8 +322,11 @@ def main(nodes: list[str]) -> None:
     threading.Thread(target=wire.serve, args=(wire.SERVER[1], handle), daemon=True).start()
     while True:
         time.sleep(CYCLE)
-        with server.lock, contextlib.suppress(OSError):
-            server.cycle()
+        try:
+            with server.lock:
+                server.cycle()
+        except Exception:
+            traceback.print_exc()  # into the log of the tests; the next cycle may go well
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""What a released version has stored can be read by every later one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlast.config import StoreConfig
+from outlast.model import CheckpointId, JobKey
+from outlast.store import Store, open_store
+from outlast.store._pages import PAGE
+
+GOLDEN = Path(__file__).parents[1] / "golden/store-v1"
+EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
+JOB = JobKey("golden", "17")
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Store:
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    key = tmp_path / "golden/data.key"
+    key.chmod(0o600)  # git keeps no such mode
+    return open_store(StoreConfig(url=f"file://{tmp_path}/golden/store", key=key))
+
+
+def id_of(name: str) -> CheckpointId:
+    epoch, _, seq = name.partition("-")
+    return CheckpointId(int(epoch), int(seq))
+
+
+def test_checkpoints_of_version_1_are_listed(golden: Store) -> None:
+    found = {f"{one.id.epoch}-{one.id.seq}": one for one in golden.checkpoints(JOB)}
+
+    assert list(found) == ["1-1", "0-2", "0-1"]
+    for name, one in found.items():
+        for key in ("created", "image_bytes", "stored_bytes", "meta"):
+            assert getattr(one, key) == EXPECTED[name][key]
+    assert golden.pins(JOB) == {CheckpointId(0, 1)}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_checkpoint_of_version_1_comes_back(golden: Store, tmp_path: Path, name: str) -> None:
+    golden.fetch(JOB, id_of(name), tmp_path / "fetched")
+    files = (path for path in sorted((tmp_path / "fetched").rglob("*")) if path.is_file())
+
+    assert {
+        str(path.relative_to(tmp_path / "fetched")): [
+            oct(path.stat().st_mode & 0o777),
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        ]
+        for path in files
+    } == EXPECTED[name]["files"]
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_pages_of_version_1_can_be_had_alone(golden: Store, tmp_path: Path, name: str) -> None:
+    golden.fetch(JOB, id_of(name), tmp_path / "fetched")
+    stored = golden.open(JOB, id_of(name))
+    for memory, runs in EXPECTED[name]["memories"].items():
+        assert np.array_equal(stored.memories[memory], np.array(runs, np.uint64))
+        content = (tmp_path / "fetched" / memory).read_bytes()
+        at = 0
+        for space, vaddr, pages in runs:
+            for page in range(pages):
+                assert stored.read(space, vaddr + page * PAGE, 1) == content[at : at + PAGE]
+                at += PAGE
+
+
+def test_records_and_events_of_version_1_are_read(golden: Store) -> None:
+    start = golden.get_record(JOB, "start")
+
+    assert start is not None
+    assert start["argv"] == ["lu", "2000"]
+    assert start["uid"] == 2000
+    assert [event["event"] for event in golden.events(JOB)] == ["started"]
+
+
+def test_job_of_version_1_goes_on(golden: Store, tmp_path: Path) -> None:
+    golden.fetch(JOB, CheckpointId(1, 1), tmp_path / "fetched")
+    published = golden.publish(JOB, CheckpointId(2, 1), tmp_path / "fetched", {})
+
+    assert published.stored_bytes < 3000
+    golden.fetch(JOB, CheckpointId(2, 1), tmp_path / "again")
+    assert (tmp_path / "again/pages-1.img").read_bytes() == (tmp_path / "fetched/pages-1.img").read_bytes()
