@@ -21,6 +21,7 @@ install-python:
 		> "$(DESTDIR)$(PREFIX)/bin/outlast"
 	chmod 755 "$(DESTDIR)$(PREFIX)/bin/outlast"
 	install -D -m 755 outlast/shim.py "$(DESTDIR)$(LIBEXECDIR)/outlast-shim"
+	install -D -m 755 outlast/set_back.py "$(DESTDIR)$(LIBEXECDIR)/outlast-set-back"
 
 install-native:
 	$(MAKE) -C criu_backend/native install DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)"

@@ -26,6 +26,7 @@ from criu_backend._capsule import (
 from criu_backend._explain import way_out
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
@@ -69,9 +70,6 @@ _HINTS = (
     (re.compile(r"Cannot assign requested address"), "the job listens on the address of the node it ran on"),
 )
 
-# CRIU's plugin for forked dumps, native/twin. Nothing else is in its directory.
-TWIN_LIBRARY = Path("/usr/libexec/outlast/twin/outlast-twin.so")
-
 _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
 
@@ -108,7 +106,7 @@ class Criu:
     ) -> None:
         self._program = program
         self._helper = helper
-        self._twin_library = twin_library
+        self._plugin = TwinPlugin(twin_library)
 
     def version(self) -> str:
         """Return the version as CRIU prints it, such as "4.2.1".
@@ -182,7 +180,7 @@ class Criu:
         end_twins(capsule)
         headroom = Headroom(capsule.tasks())
         reason = None
-        if mode != "plain" and (reason := _why_no_twins(self._twin_library) or headroom.shortage()):
+        if mode != "plain" and (reason := self._plugin.why_not() or headroom.shortage()):
             mode = "plain"
         predict = True
         try:
@@ -239,35 +237,23 @@ class Criu:
         lock = "nftables" if has_connections(capsule.tasks()) else "skip"
         command += ["--network-lock", lock, "--ghost-limit", "1G", "--timeout", str(_FREEZE_SECONDS)]
         command += [word for value in external for word in ("--external", value)]
-        environment = {"OUTLAST_NOTIFY": os.fspath(path)}
-        passed = [] if lock_fd is None else [lock_fd]
+        if mode == "plain":
+            command += ["--action-script", os.fspath(self._helper)]
         failure: list[BaseException] = []
-        with contextlib.ExitStack() as closing:
-            if mode == "plain":
-                command += ["--action-script", os.fspath(self._helper)]
-            else:
-                command += ["--libdir", os.fspath(self._twin_library.parent)]
-            if mode == "forked":
-                environment["LD_PRELOAD"] = os.fspath(self._twin_library)
-                if predict:
-                    environment["OUTLAST_TWIN_ROOT"] = str(capsule.job_pid)
-            if mode == "lazy":
-                # CRIU serves lazy pages until its peer hangs up, which this one has done already.
-                mine, theirs = map(closing.enter_context, socket.socketpair())
-                mine.close()
-                command += ["--lazy-pages", "--ps-socket", str(theirs.fileno())]
-                passed.append(theirs.fileno())
-            listener = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        with (
+            self._plugin.call(mode, capsule, images, predict=predict) as call,
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+        ):
             listener.bind(_short(images, path.name))
             listener.listen(1)
             process = subprocess.Popen(
-                enter_command(capsule, command, self._helper),
+                enter_command(capsule, [*command, *call.arguments], self._helper),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=clean_environment(**environment),
+                env=clean_environment(OUTLAST_NOTIFY=os.fspath(path), **call.environment),
                 start_new_session=True,
-                pass_fds=passed,
+                pass_fds=call.fds if lock_fd is None else [*call.fds, lock_fd],
             )
             pidfd = os.pidfd_open(process.pid)
             try:
@@ -275,11 +261,11 @@ class Criu:
             finally:
                 os.close(pidfd)
                 code = process.wait()
-        path.unlink(missing_ok=True)
-        if failure:
-            raise failure[0]
-        if code != 0:
-            raise error_from_log("dump", log)
+            path.unlink(missing_ok=True)
+            if failure:
+                raise failure[0]
+            if code != 0:
+                raise error_from_log("dump", log)
 
     def restore(
         self,
@@ -362,12 +348,6 @@ def _common_options(tcp: str) -> list[str]:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
-def _why_no_twins(library: Path) -> str | None:
-    if not library.exists():
-        return f"{library} is not installed"
-    return None
 
 
 def _short(directory: Path, name: str) -> str:

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from criu_backend._capsule import HELPER, Capsule, CapsuleError, Context, start_capsule
-from criu_backend._criu import TWIN_LIBRARY, Criu, CriuError
+from criu_backend._criu import Criu, CriuError
 from criu_backend._memory import put_back
+from criu_backend._plugin import TWIN_LIBRARY
 
 CACHE = Path("/run/outlast/selftest.json")
 # From the best to the one that needs least.

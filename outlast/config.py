@@ -18,6 +18,13 @@ _SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)")
 DEFAULT_PATH = Path("/etc/outlast/outlast.toml")
 
 
+def _parse_size(key: str, text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f'{key} = "{text}": must be a whole number and K, M, G or T: "50G"')
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
+
+
 @dataclasses.dataclass(frozen=True)
 class StoreConfig:
     """The [store] table: where checkpoints go.
@@ -36,14 +43,12 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
             raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
-        if _SIZE.fullmatch(self.quota or "0") is None:
-            raise ValueError(f'quota = "{self.quota}": must be a whole number and K, M, G or T: "50G"')
+        _parse_size("quota", self.quota or "0")
 
     @property
     def quota_bytes(self) -> int:
         """*quota* in bytes; 0 for any amount."""
-        number, unit = (self.quota or "0").rstrip("KMGT"), self.quota.lstrip("0123456789")
-        return int(number) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit]
+        return _parse_size("quota", self.quota or "0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +60,34 @@ class CheckpointConfig:
     tcp: str = "established"
     mode: str = "auto"  # how memory is dumped; docs/adr/0006-forked-checkpoints.md
     spool: Path = Path("/run/outlast/jobs")
+    scratch: str = "/tmp:/var/tmp:/dev/shm"  # noqa: S108 - where files are this node's own; "" for nowhere
+    save_files: str = "256M"  # what a checkpoint holds at most of files there and of those written in place
+    save_mapped: str = "4G"  # what it holds at most of files that are mapped for writing
+    append_globs: str = ""  # files that jobs append to and close again, such as "*.log", of all jobs
 
     def __post_init__(self) -> None:
+        _parse_size("save_files", self.save_files)
+        _parse_size("save_mapped", self.save_mapped)
+        if any(not one.startswith("/") for one in self.scratch.split(":") if one):
+            raise ValueError(
+                f'scratch = "{self.scratch}": must be paths from the root, with colons between them'
+            )
         if not 1 <= self.keep <= 1000:
             raise ValueError(f"keep = {self.keep}: must be 1 to 1000")
         if self.mode not in ("auto", "forked", "lazy", "plain"):
             raise ValueError(f'mode = "{self.mode}": must be "auto", "forked", "lazy" or "plain"')
         if self.tcp not in ("established", "close"):
             raise ValueError(f'tcp = "{self.tcp}": must be "established" or "close"')
+
+    @property
+    def save_files_bytes(self) -> int:
+        """*save_files* in bytes."""
+        return _parse_size("save_files", self.save_files)
+
+    @property
+    def save_mapped_bytes(self) -> int:
+        """*save_mapped* in bytes."""
+        return _parse_size("save_mapped", self.save_mapped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +99,11 @@ class RestartConfig:
     at_time_limit: bool = True  # a job that comes to its time limit is saved and queued again
     post_copy: str = "auto"  # or "on" or "off": whether a job runs before all its memory is fetched
     pages_wait: int = 60  # seconds that a job stands still for a page while the store does not answer
+    when_unrestorable: str = "hold"  # or "fresh": what becomes of a job none of whose checkpoints can be used
 
     def __post_init__(self) -> None:
+        if self.when_unrestorable not in ("hold", "fresh"):
+            raise ValueError(f'when_unrestorable = "{self.when_unrestorable}": must be "hold" or "fresh"')
         if self.post_copy not in ("auto", "on", "off"):
             raise ValueError(f'post_copy = "{self.post_copy}": must be "auto", "on" or "off"')
 

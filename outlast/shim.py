@@ -22,6 +22,7 @@ import sys
 import time
 
 _RUNTIME = "/run/outlast/jobs"
+_SET_BACK = "/usr/libexec/outlast/outlast-set-back"
 # What the scheduler, or its hook, calls the job and its run; the first that is set counts.
 _JOB_ID = ("OUTLAST_JOB_ID", "SLURM_JOB_ID")
 _EPOCH = ("OUTLAST_EPOCH", "SLURM_RESTART_COUNT")
@@ -103,41 +104,17 @@ def connect(directory: str) -> "socket.socket | None":
         time.sleep(0.02)
 
 
-def set_back(files: "list[dict[str, object]]", epoch: int) -> None:
-    """Cut every file back to the size that it had; what is cut off is kept in a file beside it.
+def set_back(files: "list[dict[str, object]]", epoch: int) -> "str | None":
+    """Have every file be what it was; return why that cannot be."""
+    import subprocess  # only a job that is brought back needs it
 
-    Raises OSError, with the file's name, where that is impossible: then nothing may be restored.
-    """
-    for entry in files:
-        path, size = str(entry["path"]), int(entry["size"])  # type: ignore[call-overload]
-        try:
-            now = os.stat(path).st_size
-        except FileNotFoundError:
-            if size == 0 and entry.get("optional"):
-                continue
-            raise
-        if now < size:
-            raise OSError(0, f"it has {now} bytes, and had {size} at the checkpoint", path)
-        if now > size:
-            keep_aside(path, size, epoch)
-            os.truncate(path, size)
-
-
-def keep_aside(path: str, size: int, epoch: int) -> None:
-    """Copy what *path* holds beyond *size* bytes to `PATH.outlast-lost.EPOCH`."""
-    kept = f"{path}.outlast-lost.{epoch}"
-    part = kept + ".part"
-    with open(path, "rb") as source, open(part, "wb") as target:
-        source.seek(size)
-        while block := source.read(1 << 20):
-            target.write(block)
-        target.flush()
-        os.fsync(target.fileno())
-    number = 1
-    while os.path.lexists(kept):
-        number += 1
-        kept = f"{path}.outlast-lost.{epoch}.{number}"
-    os.rename(part, kept)
+    request = json.dumps({"files": files, "epoch": epoch})
+    done = subprocess.run(
+        [sys.executable, "-IS", _SET_BACK], input=request, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        return done.stdout.strip() or f"{_SET_BACK} ended with {done.returncode}"
+    return None
 
 
 class Shim:
@@ -250,11 +227,7 @@ class Shim:
                 # The scheduler signals the job's own session too: forwarded, a signal would come twice.
                 self.attached = True
             elif operation == "set-back":
-                reply = {"op": "set-back", "error": None}
-                try:
-                    set_back(message["files"], message["epoch"])
-                except OSError as error:
-                    reply["error"] = f"{error.filename}: {error.strerror}"
+                reply = {"op": "set-back", "error": set_back(message["files"], message["epoch"])}
                 manager.sendall(json.dumps(reply).encode() + b"\n")
             elif operation == "run-without":
                 run_without(self.argv, message["why"])

@@ -137,7 +137,7 @@ def _prune(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _stats(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Show what each job has in the store."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with _opened(config) as store:
         for job in store.jobs(config.cluster):
             usage, found = store.usage(job), store.checkpoints(job)

@@ -110,6 +110,12 @@ class SshServer:
             time.sleep(0.05)
         pytest.fail(f"sshd did not listen within 10 s:\n{self.log}")
 
+    def sessions(self) -> list[int]:
+        """Return the processes that serve one connection each."""
+        assert self._server is not None
+        pid = self._server.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def kill(self) -> None:
         """End the server and every session of it, without a word to anybody."""
         self._signal(signal.SIGKILL)

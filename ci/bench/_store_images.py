@@ -22,23 +22,6 @@ PROGRAMS = {
     "table": ("python3 table.py", 9),
 }
 
-_SCRIPT = """
-set -eu
-cd /shared/alice/bench
-mkdir -p "images/$1"
-$2 >"images/$1.out" 2>&1 </dev/null &
-pid=$!
-trap 'kill -9 $pid' EXIT
-sleep "$3"
-for number in $(seq "$4"); do
-    mkdir "images/$1/$number"
-    criu dump --tree "$pid" --images-dir "images/$1/$number" --log-file dump.log --leave-running
-    rm "images/$1/$number/dump.log" "images/$1/$number"/stats-*
-    sleep "$5"
-done
-"""
-
-
 def dump(bed: Bed, into: Path, say: Callable[[str], None]) -> None:
     """Run each of PROGRAMS on a node and leave its DUMPS images in *into*/NAME/1, 2, ..."""
     home = bed.give(_HERE, "bench")
@@ -48,7 +31,7 @@ def dump(bed: Bed, into: Path, say: Callable[[str], None]) -> None:
         bed.output("ctl", ["gcc", "-O2", "-std=gnu11", "-o", f"bench/{name}", f"bench/{name}.c"])
     for name, (command, warm) in PROGRAMS.items():
         say(f"dumping {name}")
-        words = ["setsid", "--wait", "sh", "-c", _SCRIPT, "sh", name, command, str(warm), str(DUMPS)]
+        words = ["sh", "/shared/alice/bench/dump.sh", name, command, str(warm), str(DUMPS)]
         bed.output("n1", [*words, str(_GAP_SECONDS)], root=True, within=180)
     shutil.copytree(home / "images", into)
 

@@ -97,7 +97,7 @@ class Actions:
         except OutlastError as error:
             self._board.note(job.id, "not-held", f"the job runs on: {error}")
         else:
-            self._board.note(job.id, "held", f"the job will go on from {newest} when it is released")
+            self._board.note(job.id, "on-hold", f"the job will go on from {newest} when it is released")
             self._board.press()
 
     async def _checkpoint_after(self, job: Job, before: str | None, since: float) -> str:

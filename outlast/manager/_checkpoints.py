@@ -16,12 +16,12 @@ from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult
 from outlast.config import Config
 from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._events import EventLog
-from outlast.manager._files import open_for_writing
 from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
 from outlast.manager._run import Run, keep_log
+from outlast.manager._saving import declared, save
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Store, open_store
 
@@ -265,12 +265,13 @@ class Checkpointer:
 
     def _look(self, capsule: Capsule, images: Path) -> list[dict[str, Any]]:
         """Tell what a restore has to set back, while the job stands still; under PBS some go with it."""
-        files = open_for_writing(capsule.tasks())
-        mom = self._run.mom
-        if mom is None:
-            return files
-        kept = mom.keep(capsule.tasks(), images, self._run.uid)
-        return [entry for entry in files if not mom.kept_here(entry["path"])] + kept
+        run, mom = self._run, self._run.mom
+        kept = [] if mom is None else mom.keep(capsule.tasks(), images, run.uid)
+        elsewhere = (lambda _: False) if mom is None else mom.kept_here
+        files = save(capsule.tasks(), images, run.uid, self._config.checkpoint, elsewhere)
+        have = {entry["path"] for entry in files}
+        appended = [one for one in declared(run.workdir, run.globs, run.uid) if one.get("path") not in have]
+        return files + appended + kept
 
     def _ship(
         self,

@@ -246,6 +246,9 @@ class Manager:
         run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
         run.mom = self._mom
         run.shim_pid = shim.peer.pid
+        run.workdir = os.readlink(f"/proc/{run.shim_pid}/cwd")  # noqa: PTH115
+        globs = (self._config.checkpoint.append_globs, shim.environment.get("OUTLAST_APPEND", ""))
+        run.globs = " ".join(globs).split()
         self._run = run
         self._take_turn(run, shim)
         self._leased.set()
@@ -392,6 +395,8 @@ class Manager:
         start = boottime()
         store.renew_lease(self._lease(run))
         if self._holding is not None:
+            if self._holding.is_disowned():
+                raise LeaseLost(f"the scheduler has run {run.epoch} of the job go on here no more")
             self._holding.extend(start)
         if not self._launcher.settled or run.capsule is None:
             return

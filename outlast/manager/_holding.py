@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from outlast.config import LeaseConfig
 from outlast.errors import OutlastError
@@ -37,25 +38,54 @@ def is_this_run(job: SchedulerJob | None, epoch: int, node: str) -> bool:
     return job is not None and job.state is JobState.RUNNING and job.epoch == epoch and node in job.nodes
 
 
-def takeover_wait(
-    views: list[LeaseView], mine: Lease, claimed: float | None, now: float, ttl: float
-) -> float:
-    """Return for how many seconds more the run *mine* must not begin; 0 if it may.
+class LeaseStore(Protocol):
+    """What taking over asks of a store; see `outlast.store.Store`."""
 
-    Args:
-        views: the job's lease in the store, of the highest run, if there is one.
-        claimed: when this run took the lease from another that had not given it up (`boottime`), or None.
-        now: `boottime`.
-    """
-    waits = [0.0]
-    if claimed is not None:
-        waits.append(claimed + ttl - now)
-    for view in views:
-        if view.lease.is_fence and not view.lease.is_lifted and view.lease.epoch == mine.epoch:
-            # Put up when the scheduler had taken the run before for lost; the watcher lifts it in time.
-            # Should the watcher be gone, the fence's age says as much.
-            waits.append(ttl - view.age)
-    return max(waits)
+    def leases(self, cluster: str) -> list[LeaseView]:
+        """Return each job's lease of the highest run."""
+
+    def renew_lease(self, lease: Lease) -> None:
+        """Tell everybody that *lease* is held."""
+
+
+class Takeover:
+    """How one run takes the lease from the run before it, whatever has become of that."""
+
+    def __init__(self, mine: Lease, ttl: float) -> None:
+        self._mine = mine
+        self._ttl = ttl
+        self._claimed: float | None = None
+        self.taken = 0.0  # when the renewal began after which this run may go on
+
+    def step(self, store: LeaseStore, clock: Callable[[], float]) -> float:
+        """Do what is to be done now; return for how many seconds at most the run must not begin yet, 0 if it may.
+
+        *clock* is `boottime`. Raises as `Store.leases` and `Store.renew_lease`.
+        """
+        mine = self._mine
+        views = [view for view in store.leases(mine.job.cluster) if view.lease.job == mine.job]
+        if self._claimed is None and any(_is_in_the_way(view.lease, mine) for view in views):
+            store.renew_lease(mine)
+            # From here on the run before cannot renew any more; it may have done so a moment ago.
+            self._claimed = clock()
+        elif self._claimed is not None:
+            store.renew_lease(mine)
+        left = 0.0 if self._claimed is None else self._claimed + self._ttl - clock()
+        for view in views:
+            if view.lease.is_fence and not view.lease.is_lifted and view.lease.epoch == mine.epoch:
+                # Put up when the scheduler had taken the run before for lost; the watcher lifts it in time.
+                # Should the watcher be gone, the fence's age says as much.
+                left = max(left, self._ttl - view.age)
+        if left > 0:
+            return left
+        self.taken = clock()
+        store.renew_lease(mine)
+        return 0.0
+
+
+def _is_in_the_way(lease: Lease, mine: Lease) -> bool:
+    """Whether a lease is of a run that may still be running, and of which nobody knows that it is lost."""
+    return lease != mine and not lease.is_fence and lease.epoch <= mine.epoch
 
 
 class Holding:
@@ -74,6 +104,7 @@ class Holding:
         self._lock = threading.Lock()
         self._fault = ""
         self._stopped = False
+        self._takeover = Takeover(lease, config.ttl)
 
     def await_turn(self, store: Store, gone: Callable[[], bool]) -> bool:
         """Take the lease, and return once no other run of the job can still be running; False if *gone*.
@@ -82,31 +113,16 @@ class Holding:
             LeaseLost: a later run has it.
             StoreUnavailable: the store does not answer; call again.
         """
-        job, cluster = self._lease.job, self._lease.job.cluster
-        claimed = None
         told = False
-        while True:
-            views = [view for view in store.leases(cluster) if view.lease.job == job]
-            left = takeover_wait(views, self._lease, claimed, boottime(), self._config.ttl)
-            if left <= 0 and claimed is None and any(_is_in_the_way(view, self._lease) for view in views):
-                store.renew_lease(self._lease)
-                claimed = boottime()
-                continue
-            if left <= 0:
-                start = boottime()
-                store.renew_lease(self._lease)
-                self.extend(start)
-                return True
+        while left := self._takeover.step(store, boottime):
             if not told:
                 told = True
-                self._events.add(
-                    "waits", f"the run before may still go on somewhere, for {left:.1f} s at most"
-                )
+                self._events.add("waits", f"the run before may still go on somewhere, for {left:.1f} s at most")
             if gone():
                 return False
-            if claimed is not None:
-                store.renew_lease(self._lease)
             time.sleep(min(left, _POLL_SECONDS))
+        self.extend(self._takeover.taken)
+        return True
 
     def watch(self, guard: Guard) -> None:
         """Have *guard* stop the job from now on whenever the lease runs out."""
@@ -115,6 +131,18 @@ class Holding:
         self._allow()
         if first:
             threading.Thread(target=self._seek_witness, name="witness", daemon=True).start()
+
+    def is_disowned(self) -> bool:
+        """Whether the job stands still, and the scheduler says that this run of it is over.
+
+        Its lease alone would not tell, where the run after it has come and gone meanwhile.
+        """
+        if self._ask is None or self._guard is None or self._stopped or not self._guard.frozen:
+            return False
+        try:
+            return not is_this_run(self._ask(), self._lease.epoch, self._lease.node)
+        except OutlastError:
+            return False
 
     def extend(self, since: float) -> None:
         """The lease was extended, by what was begun at *since* (`boottime`)."""
@@ -186,8 +214,3 @@ class Holding:
         else:
             self._events.add("thawed", "the job goes on: its lease was renewed")
 
-
-def _is_in_the_way(view: LeaseView, mine: Lease) -> bool:
-    """Whether a lease is of a run that may still be running, and is not known to have been stopped."""
-    lease = view.lease
-    return lease != mine and not lease.is_fence and lease.epoch <= mine.epoch

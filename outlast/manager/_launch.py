@@ -17,6 +17,7 @@ from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
 from outlast.manager._restore import Restorer
 from outlast.manager._run import Run
+from outlast.manager._saving import declared
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import Checkpoint, CheckpointId, JobKey
 from outlast.store import Store, open_store
@@ -82,10 +83,18 @@ class Launcher:
             "node": run.node,
             "epoch": run.epoch,
             "time": time.time(),
-            "files": standard_files(shim.stdio),
+            "files": standard_files(shim.stdio) + self._declared(run),
         }
         self._settle_soon(run, shim)
         return self._start(run, shim)
+
+    def _declared(self, run: Run) -> list[dict[str, Any]]:
+        """Return what `declared` does; that a job starts is worth more than what it says of its files."""
+        try:
+            return declared(run.workdir, run.globs, run.uid)
+        except OutlastError as error:
+            self._events.add("append-globs", str(error))
+            return []
 
     def _settle_soon(self, run: Run, shim: Shim) -> None:
         """Wait a little for the store to know of the start; without it the job starts all the same.
@@ -171,6 +180,8 @@ class Launcher:
 
     def _go_on(self, run: Run, shim: Shim, store: Store, *, whole: bool = False) -> Capsule:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
+        # Without it a job that could go on elsewhere would look like one that has nothing to go on from.
+        store.require_key()
         for request in store.take_requests(run.job):
             # What else was asked for was asked of the run before.
             if request.get("op") == "restart":
@@ -211,8 +222,8 @@ class Launcher:
         """Have the job's output be what it was when the job started for the first time."""
         files = start["files"]
         if run.mom is not None:
-            run.mom.set_back(files, shim.stdio)
-            files = [entry for entry in files if not run.mom.kept_here(entry["path"])]
+            run.mom.set_back([entry for entry in files if "path" in entry], shim.stdio)
+            files = [entry for entry in files if "walk" in entry or not run.mom.kept_here(entry["path"])]
         shim.set_back(files, run.epoch - 1)
 
 

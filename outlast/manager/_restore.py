@@ -15,6 +15,7 @@ from outlast.errors import StoreUnavailable
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through
 from outlast.manager._run import Run, keep_log
+from outlast.manager._saving import sources
 from outlast.manager._shim import Shim
 from outlast.model import Checkpoint
 from outlast.store import Store, open_store
@@ -144,7 +145,8 @@ class Restorer:
         self, run: Run, shim: Shim, checkpoint: Checkpoint, images: Path, following: Following | None
     ) -> Capsule:
         meta = checkpoint.meta
-        shim.set_back([entry for entry in meta["files"] if "name" not in entry], run.epoch - 1)
+        with sources(meta["files"], images, run) as files:
+            shim.set_back(files, run.epoch - 1)
         if run.mom is not None:
             kept = [entry for entry in meta["files"] if "name" in entry]
             run.mom.put_back(kept, images, shim.stdio, run.uid)

@@ -30,6 +30,8 @@ class Run:
     seq: int = 0  # of the newest checkpoint that was begun
     mom: Mom | None = None  # under PBS
     shim_pid: int = 0
+    workdir: str = ""
+    globs: list[str] = field(default_factory=list)  # of files below it that the job appends to and closes
 
     def save(self) -> None:
         """Write down what another manager needs to take over, should this one die."""
@@ -44,6 +46,8 @@ class Run:
             "seq": self.seq,
             "capsule": [self.capsule.init_pid, self.capsule.init_start, self.capsule.job_pid],
             "shim_pid": self.shim_pid,
+            "workdir": self.workdir,
+            "globs": self.globs,
         }
         part = self.directory / "state.new"
         part.touch(mode=0o600)
@@ -69,6 +73,8 @@ class Run:
             Capsule(*state["capsule"]),
             state["seq"],
             shim_pid=state["shim_pid"],
+            workdir=state["workdir"],
+            globs=state["globs"],
         )
 
 

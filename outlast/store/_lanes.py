@@ -1,4 +1,4 @@
-"""More connections to a server far away: one alone waits for the server's window, whatever the line could carry."""
+"""More connections to a server far away, where one waits for windows, whatever the line could carry."""
 
 from __future__ import annotations
 
@@ -15,41 +15,39 @@ from outlast.store._wire import Link, Lost, Status, Wire
 
 _log = logging.getLogger(__name__)
 
-# OpenSSH's server takes this many bytes of a session ahead: CHAN_SES_WINDOW_DEFAULT of its channels.h.
-_WINDOW = 2 << 20
+# Either side of OpenSSH takes this many bytes of a session ahead: CHAN_SES_WINDOW_DEFAULT in its channels.h.
+WINDOW = 2 << 20
 _WANTED = 400e6  # bytes a second
 _MOST = 4  # connections, the first one included
 _WORTH = 4 << 20  # bytes in one file: with less there is nothing to gain
 
 
-def connections(round_trip: float) -> int:
-    """Return how many connections a long transfer is worth at a round trip of so many seconds."""
-    return max(1, min(_MOST, math.ceil(_WANTED * round_trip / _WINDOW)))
+def connections(round_trip: float, window: int = WINDOW) -> int:
+    """Return how many connections a long transfer is worth at a round trip of so many seconds.
+
+    *window*: the bytes that the receiving side takes ahead.
+    """
+    return max(1, min(_MOST, math.ceil(_WANTED * round_trip / window)))
 
 
 class Helpers:
-    """Connections beside the first one; made while a long transfer is under way, and ended after a short one."""
+    """Connections beside the first one; made while a long transfer goes on, and ended after a short one."""
 
-    def __init__(self, connect: Callable[[], tuple[Link, Wire]], count: int) -> None:
-        """*connect* makes one; it is called in a thread, one time after another: sshd limits those that begin."""
+    def __init__(self, connect: Callable[[], tuple[Link, Wire]]) -> None:
+        """*connect* makes one. A thread calls it time after time: sshd limits how many begin at once."""
         self._connect = connect
-        self._count = count
         self._lock = threading.Lock()
         self._made: list[tuple[Link, Wire]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def share(self, path: str, flags: int) -> Shared:
-        """Give the work at the file *path*, which the first connection has open already."""
-        return Shared(self, path, flags)
-
-    def wires(self) -> list[Wire]:
-        """Return the sessions that are ready; begins to make them, the first time."""
-        if self._thread is None and self._count:
-            self._thread = threading.Thread(target=self._make, name="lanes", daemon=True)
+    def wires(self, count: int) -> list[Wire]:
+        """Return those sessions that are ready of *count*; begins to make them, the first time."""
+        if self._thread is None and count:
+            self._thread = threading.Thread(target=self._make, args=(count,), name="lanes", daemon=True)
             self._thread.start()
         with self._lock:
-            return [wire for _, wire in self._made if not wire.lost]
+            return [wire for _, wire in self._made[:count] if not wire.lost]
 
     def close(self) -> None:
         """End all of them."""
@@ -59,8 +57,8 @@ class Helpers:
         for link, _ in made:
             link.close()
 
-    def _make(self) -> None:
-        for _ in range(self._count):
+    def _make(self, count: int) -> None:
+        for _ in range(count):
             try:
                 link, wire = self._connect()
             except (OutlastError, Lost, Status, struct.error) as error:
@@ -77,8 +75,10 @@ class Helpers:
 class Shared:
     """One file that several sessions work at; see `Wire.write` and `Wire.read`. A context manager."""
 
-    def __init__(self, helpers: Helpers, path: str, flags: int) -> None:
+    def __init__(self, helpers: Helpers, count: int, path: str, flags: int) -> None:
+        """*count* of *helpers* are to work at the file *path*, which the first session has open already."""
         self._helpers = helpers
+        self._count = count
         self._request = (_wire.OPEN, _wire.text(path) + struct.pack(">II", flags, 0))
         self._lanes: dict[Wire, bytes] = {}
         self._moved = 0
@@ -86,7 +86,9 @@ class Shared:
     def __enter__(self) -> Shared:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Lost):
+            return  # the caller ends all of the connections
         left = [(wire, (_wire.CLOSE, _wire.block(handle))) for wire, handle in self._lanes.items()]
         with contextlib.closing(_wire.pipeline(one for one in left if not one[0].lost)) as replies:
             for reply in replies:
@@ -102,7 +104,7 @@ class Shared:
         self._moved = moved
         if moved < _WORTH:
             return ()
-        new = [wire for wire in self._helpers.wires() if wire not in self._lanes]
+        new = [wire for wire in self._helpers.wires(self._count) if wire not in self._lanes]
         if new:
             with contextlib.closing(_wire.pipeline((wire, self._request) for wire in new)) as replies:
                 for wire, reply in zip(new, replies, strict=True):

@@ -271,7 +271,7 @@ class Stored:
             raise StoreUnavailable("a frame did not arrive")
         for frame in frames:
             self._cache.move_to_end(frame)
-        while len(self._cache) > _CACHED:
+        while len(self._cache) > max(_CACHED, len(frames)):
             self._cache.popitem(last=False)
 
 

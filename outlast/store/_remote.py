@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from outlast.errors import StoreRefused, StoreUnavailable
 from outlast.store import _wire
 from outlast.store._backend import LARGEST_READ, Entry, unfinished_name
-from outlast.store._lanes import Helpers, Shared, connections
+from outlast.store._lanes import WINDOW, Helpers, Shared, connections
 from outlast.store._sftp import Server, SshLink
 from outlast.store._wire import Attributes, Link, Lost, Status, Wire
 
@@ -241,8 +241,11 @@ class SftpBackend:
     def _shared(self, name: str, flags: int) -> Iterator[Shared]:
         """Let other connections help with a long transfer, if the server is far away."""
         if self._helpers is None:
-            self._helpers = Helpers(self._connected, connections(self._round_trip) - 1)
-        with self._helpers.share(self._path(name), flags) as shared:
+            self._helpers = Helpers(self._connected)
+        reading = flags == _wire.FOR_READING
+        window = SshLink.window if reading and isinstance(self._link, SshLink) else WINDOW
+        count = connections(self._round_trip, window) - 1
+        with Shared(self._helpers, count, self._path(name), flags) as shared:
             yield shared
         if shared.was_short:  # as the last file of a checkpoint is; the server is to have them for others
             self._helpers.close()

@@ -22,7 +22,6 @@ from outlast.store._wire import Lost
 # AES-GCM costs about half of the other ciphers; those stay, for servers and libraries that lack it.
 _FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
-_WINDOW = 32 << 20  # bytes that the server may send ahead: more than is ever asked for at once
 _PACKET = 128 << 10  # bytes in one SSH packet to us, at most
 _PIECE = 32 << 10  # bytes in one SSH packet from us: OpenSSH takes no more
 
@@ -53,6 +52,8 @@ class Server:
 
 class SshLink:
     """The SFTP subsystem at the end of an SSH connection; see `outlast.store._wire.Link`."""
+
+    window = 32 << 20  # bytes that the server may send ahead: more than is ever asked for at once
 
     def __init__(self, server: Server) -> None:
         """Connect.
@@ -94,7 +95,7 @@ class SshLink:
         """See `Link.receive`."""
         assert self._channel is not None  # noqa: S101 - __init__ has set it
         with self._losing():
-            data = self._channel.recv(_WINDOW)  # all that is there: paramiko would move what stays behind
+            data = self._channel.recv(self.window)  # all that is there: paramiko would move what stays behind
             if not data:
                 raise EOFError
             return data
@@ -134,7 +135,7 @@ class SshLink:
                 raise key_refused(server, key) from error
         with self._unavailable():
             try:
-                self._channel = transport.open_session(_WINDOW, _PACKET, server.timeout)
+                self._channel = transport.open_session(self.window, _PACKET, server.timeout)
                 self._channel.settimeout(server.timeout)
                 self._channel.invoke_subsystem("sftp")
             except paramiko.SSHException as error:

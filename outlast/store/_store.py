@@ -62,6 +62,11 @@ class Store:
         """End the connection, if there is one."""
         self._backend.close()
 
+    def require_key(self) -> None:
+        """Raise ConfigError where there is no data key: checkpoints can then only be listed."""
+        if not isinstance(self._keyring, Keyring):
+            raise self._keyring
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def publish(

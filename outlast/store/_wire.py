@@ -11,8 +11,10 @@ import contextlib
 import struct
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
+
+from outlast.store._bytes import PERMISSIONS, attributes_at, pieces, string_at
+from outlast.store._bytes import Attributes as Attributes
 
 OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT = 3, 4, 5, 6, 7, 8
 OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, RENAME, EXTENDED = 11, 12, 13, 14, 15, 18, 200
@@ -23,8 +25,6 @@ FOR_READING, FOR_WRITING, APPENDING, CREATING, EXCLUSIVE = 0x01, 0x02, 0x04, 0x0
 
 # Codes of STATUS.
 _OK, END, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE, _BAD_MESSAGE, _NO_CONNECTION, CONNECTION_LOST = range(8)
-
-_SIZE, _IDS, _PERMISSIONS, _TIMES = 0x1, 0x2, 0x4, 0x8  # flags of ATTRS
 
 _SMALL_REQUEST = 32 << 10  # bytes of data that every server takes in one request
 _LARGE_REQUEST = 255 << 10  # what OpenSSH takes at most
@@ -69,15 +69,6 @@ class Status(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Attributes:
-    """What version 3 tells of a file: bytes, the st_mode bits, and whole seconds."""
-
-    size: int
-    mode: int
-    mtime: int
-
-
 def _alone(moved: int) -> Sequence[tuple[Wire, bytes]]:
     del moved
     return ()
@@ -101,7 +92,7 @@ class Wire:
 
     def open(self, path: str, flags: int) -> bytes:
         """Open *path* and return the handle; a file that this creates is its owner's alone."""
-        return handle_of(*self.call(OPEN, text(path) + struct.pack(">III", flags, _PERMISSIONS, 0o600)))
+        return handle_of(*self.call(OPEN, text(path) + struct.pack(">III", flags, PERMISSIONS, 0o600)))
 
     def close(self, handle: bytes) -> None:
         """Give up *handle*."""
@@ -122,12 +113,11 @@ class Wire:
 
         def requests() -> Iterator[tuple[Wire, Request]]:
             nonlocal size, helped
-            synced = turn = 0
-            for piece in _pieces(chunks, self._request_size):
+            synced = 0
+            for turn, piece in enumerate(pieces(chunks, self._request_size)):
                 lanes = [(self, handle), *more(size)]
                 helped = helped or len(lanes) > 1
                 wire, its_handle = lanes[turn % len(lanes)]
-                turn += 1
                 yield wire, (WRITE, block(its_handle) + struct.pack(">QI", size, len(piece)) + piece)
                 size += len(piece)
                 if size - synced >= _FSYNC_EVERY:
@@ -151,12 +141,12 @@ class Wire:
         return [(EXTENDED, text("fsync@openssh.com") + block(handle))]
 
     def read(self, handle: bytes, ranges: Iterable[tuple[int, int]], more: More = _alone) -> Iterator[bytes]:
-        """Yield the bytes of each (offset, length); *more* is as for `write`, with the bytes asked for so far.
+        """Yield the bytes of each (offset, length); *more* is as for `write`.
 
         Raises EOFError where the file ends too early.
         """
         head = block(handle)
-        pieces: deque[tuple[int, int, bool]] = deque()  # offset, length, is the last one of its range
+        asked: deque[tuple[int, int, bool]] = deque()  # offset, length, is the last one of its range
 
         def requests() -> Iterator[tuple[Wire, Request]]:
             total = turn = 0
@@ -164,7 +154,7 @@ class Wire:
                 end = offset + length
                 for start in range(offset, end, self._request_size):
                     size = min(self._request_size, end - start)
-                    pieces.append((start, size, start + size == end))
+                    asked.append((start, size, start + size == end))
                     lanes = [(self, handle), *more(total)]
                     wire, its_handle = lanes[turn % len(lanes)]
                     turn += 1
@@ -174,15 +164,15 @@ class Wire:
         got: list[bytes | memoryview] = []
         with contextlib.closing(pipeline(requests())) as replies:
             for kind, payload in replies:
-                offset, length, last = pieces.popleft()
+                offset, length, last = asked.popleft()
                 data: bytes | memoryview = _data(kind, payload)
                 while len(data) < length:  # a server may send less than was asked for
-                    more = _data(
+                    rest = _data(
                         *self.call(READ, head + struct.pack(">QI", offset + len(data), length - len(data)))
                     )
-                    if not more:
+                    if not rest:
                         raise EOFError(f"ends before byte {offset + length}")
-                    data = bytes(data) + bytes(more)
+                    data = bytes(data) + bytes(rest)
                 got.append(data)
                 if last:
                     yield b"".join(got)
@@ -280,8 +270,8 @@ class Wire:
         extensions = {}
         offset = 5
         while offset < len(packet):
-            name, offset = _string_at(packet, offset)
-            extensions[name], offset = _string_at(packet, offset)
+            name, offset = string_at(packet, offset)
+            extensions[name], offset = string_at(packet, offset)
         return extensions
 
     def _limit(self) -> int:
@@ -293,7 +283,7 @@ class Wire:
 
 
 def pipeline(requests: Iterable[tuple[Wire, Request]]) -> Generator[Reply, None, None]:
-    """Send *requests*, each in its session, and yield their answers in the same order; many are under way at once.
+    """Send *requests*, each in its session, and yield their answers in the same order; many at once.
 
     Close it (contextlib.closing) when leaving early: then it takes in the answers still to come, so that
     the sessions can go on.
@@ -314,32 +304,15 @@ def pipeline(requests: Iterable[tuple[Wire, Request]]) -> Generator[Reply, None,
             depths[wire] += 1
         while under_way:
             yield answer()
+    except Lost:
+        under_way.clear()  # with one session the others are given up, too: there is no wait for each of them
+        raise
     finally:
         while under_way:
-            if under_way[0][0].lost:
-                under_way.popleft()
-            else:
-                answer()
+            answer()
 
 
 # --- the bytes of requests and replies ----------------------------------------------------------------
-
-
-def _pieces(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Yield the same bytes in pieces of *size*, but for the last."""
-    parts: list[memoryview] = []
-    missing = size
-    for chunk in chunks:
-        rest = memoryview(chunk)
-        while len(rest) >= missing:
-            yield b"".join((*parts, rest[:missing]))
-            rest, missing = rest[missing:], size
-            parts.clear()
-        if rest:
-            parts.append(rest)
-            missing -= len(rest)
-    if parts:
-        yield b"".join(parts)
 
 
 def block(data: bytes) -> bytes:
@@ -362,7 +335,7 @@ def attributes(kind: int, payload: memoryview) -> Attributes:
     """Return what an ATTRS answer says. Raises Status where it is another."""
     if kind != _ATTRS:
         raise _error(kind, payload)
-    return _attributes_at(payload, 0)[0]
+    return attributes_at(payload, 0)[0]
 
 
 def _status(kind: int, payload: memoryview) -> int:
@@ -372,7 +345,7 @@ def _status(kind: int, payload: memoryview) -> int:
 def _error(kind: int, payload: memoryview) -> Exception:
     if kind != _STATUS:
         return Lost(f"answers with {kind} where SFTP has another")
-    message = bytes(_string_at(payload, 4)[0]).decode(errors="replace") if len(payload) > 8 else ""
+    message = bytes(string_at(payload, 4)[0]).decode(errors="replace") if len(payload) > 8 else ""
     return Status(_status(kind, payload), message)
 
 
@@ -380,7 +353,7 @@ def handle_of(kind: int, payload: memoryview) -> bytes:
     """Return the handle in a HANDLE answer. Raises Status where it is another."""
     if kind != _HANDLE:
         raise _error(kind, payload)
-    return _string_at(payload, 0)[0]
+    return string_at(payload, 0)[0]
 
 
 def _data(kind: int, payload: memoryview) -> memoryview:
@@ -399,36 +372,8 @@ def _names(kind: int, payload: memoryview) -> list[tuple[str, Attributes]]:
     (count,) = struct.unpack_from(">I", payload)
     offset = 4
     for _ in range(count):
-        name, offset = _string_at(payload, offset)
-        _, offset = _string_at(payload, offset)  # the line that "ls -l" would show
-        described, offset = _attributes_at(payload, offset)
+        name, offset = string_at(payload, offset)
+        _, offset = string_at(payload, offset)  # the line that "ls -l" would show
+        described, offset = attributes_at(payload, offset)
         found.append((name.decode(errors="surrogateescape"), described))
     return found
-
-
-def _string_at(data: memoryview, offset: int) -> tuple[bytes, int]:
-    (length,) = struct.unpack_from(">I", data, offset)
-    return bytes(data[offset + 4 : offset + 4 + length]), offset + 4 + length
-
-
-def _attributes_at(data: memoryview, offset: int) -> tuple[Attributes, int]:
-    (flags,) = struct.unpack_from(">I", data, offset)
-    offset += 4
-    size = mode = mtime = 0
-    if flags & _SIZE:
-        (size,) = struct.unpack_from(">Q", data, offset)
-        offset += 8
-    if flags & _IDS:
-        offset += 8
-    if flags & _PERMISSIONS:
-        (mode,) = struct.unpack_from(">I", data, offset)
-        offset += 4
-    if flags & _TIMES:
-        _, mtime = struct.unpack_from(">II", data, offset)
-        offset += 8
-    if flags & 0x80000000:
-        (count,) = struct.unpack_from(">I", data, offset)
-        offset += 4
-        for _ in range(2 * count):
-            _, offset = _string_at(data, offset)
-    return Attributes(size, mode, mtime), offset

@@ -227,6 +227,30 @@ def test_orphans_stay_below_the_root_after_a_forked_dump(user_place: Place) -> N
     job.says("adopted")
 
 
+def test_what_a_killed_criu_left_undone_is_done_by_the_next_dump(user_place: Place) -> None:
+    """CRIU may be killed when the job's root does not take orphans."""
+    job = user_place.python("""
+        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+        say("ready")
+        wait("go")
+        if os.fork() == 0:
+            if os.fork() == 0:
+                while os.getppid() not in (1, 1000): time.sleep(0.01)
+                say("child of", os.getppid())
+                time.sleep(60)
+            os._exit(0)
+        os.wait()
+        time.sleep(60)
+    """)
+    job.says("ready")
+    (user_place.path / ".forked").touch()
+    user_place.dump(job, mode="plain")
+    user_place.touch("go")
+
+    job.says("child of 1000")
+    assert not (user_place.path / ".forked").exists()
+
+
 def test_shared_memory_is_of_the_same_instant(user_place: Place) -> None:
     """Two counters in shared and private memory are counted up in turn: they differ by one at most."""
     job = user_place.python("""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from criu_backend import Criu, best_mode, known_self_test, self_test
-from criu_backend._criu import TWIN_LIBRARY
+from criu_backend._plugin import TWIN_LIBRARY
 from criu_backend._selftest import LADDER
 from tests.criu.capsules import Job, Place
 from tests.criu.test_forked import ANSWERING, answer, answering, forked

@@ -42,10 +42,20 @@ class Pbs(Cluster):
 
     def start_mom(self, node: str) -> None:
         """Start the MoM of a host that has just come up."""
-        if self.real:
-            self.on(node, "sh", "-c", "sleep 1; /opt/pbs/libexec/pbs_init.d start >/dev/null 2>&1; pgrep -x pbs_mom")
-        else:
-            self.daemon(node, f"{DOUBLE}/mom.py")
+        name = "pbs_mom" if self.real else f"{DOUBLE}/mom.py"
+
+        def started() -> bool:
+            # What is started while the host is still booting may end with that.
+            time.sleep(1)
+            if self.try_on(node, "sh", stdin=f"ps -eo args | grep -q '[/]{name.rpartition('/')[2]}'").returncode == 0:
+                return True
+            if self.real:
+                self.try_on(node, "sh", "-c", "/opt/pbs/libexec/pbs_init.d start >/dev/null 2>&1")
+            else:
+                self.daemon(node, name)
+            return False
+
+        eventually(started, within=30, what=f"a MoM on {node}")
 
     def daemon(self, host: str, command: str) -> None:
         """Start *command* on *host*, for as long as that is up."""

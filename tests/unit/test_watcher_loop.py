@@ -24,7 +24,7 @@ import pytest
 
 from outlast import control
 from outlast.config import Config, read_config
-from outlast.errors import StoreRefused
+from outlast.errors import LeaseLost, StoreRefused
 from outlast.model import CheckpointId, JobKey, Lease
 from outlast.scheduler import SchedulerUnavailable
 from outlast.scheduler.slurm import SlurmScheduler
@@ -48,7 +48,7 @@ class Site:
         self.here = here
         (here / "store").mkdir()
         shutil.copytree(DATA / "bin", here / "bin")
-        lines = [f"{key} = {value}" for key, value in {"cycle": 0.1, "exclude": 60, **watcher}.items()]
+        lines = [f"{key} = {value}" for key, value in {"cycle": 0.1, "exclude": 60, "silent": 0.4, **watcher}.items()]
         (here / "outlast.toml").write_text(
             f'cluster = "c"\n[store]\nurl = "file://{here}/store"\nkey = "{here}/no.key"\n[lease]\nrenew = 0.1\nttl = 1.0\n'
             f'[watcher]\nsocket = "{here}/run/watcher.sock"\n' + "\n".join(lines) + "\n"
@@ -177,33 +177,72 @@ def kinds(decisions: tuple[object, ...]) -> list[type]:
     return [type(one) for one in decisions]
 
 
-def test_a_dead_node_is_marked_down_and_its_job_kept_away_from_it(site: Site, silent: int) -> None:
+def listen(loop: Loop) -> None:
+    """Have *loop* hear a lease, and then nothing of it for long enough to wonder."""
+    loop.cycle(look=True)
+    time.sleep(0.25)
+
+
+def test_a_dead_node_is_marked_down_and_its_job_sent_elsewhere_at_once(site: Site, silent: int) -> None:
     site.show("running", port=silent, jobs=FREE)
-    site.lease("4", age=2.0)
+    site.lease("4")
     loop = site.loop()
+    listen(loop)
 
-    seen = [kinds(loop.cycle()) for _ in range(4)]
+    seen = [kinds(loop.cycle()) for _ in range(3)]
 
-    assert seen == [[Leave], [MarkDown], [Exclude], [Leave]]
-    assert site.told() == ["update NodeName=n1 State=DOWN", "update JobId=4 ExcNodeList=n1"]
+    assert seen == [[Leave], [MarkDown, Exclude], [Leave]]
+    assert site.told() == ["update NodeName=n1 State=DOWN", "update JobId=4 ExcNodeList=n1 StartTime=now"]
     assert site.events("4") == ["node-marked-down", "node-excluded"]
 
 
-def test_a_silent_node_is_asked_before_the_lease_has_run_out(site: Site, silent: int) -> None:
-    site.show("running", port=silent)
-    site.lease("4", age=0.6)
+def test_the_next_run_of_a_lost_job_is_fenced_off_for_as_long_as_the_lost_one_may_go_on(
+    site: Site, silent: int
+) -> None:
+    site.show("running", port=silent, jobs=FREE)
+    lease = site.lease("4")
     loop = site.loop()
+    listen(loop)
+    while not site.told():
+        loop.cycle()
+    up = time.monotonic()
 
-    assert [kinds(loop.cycle()) for _ in range(2)] == [[Leave], [MarkDown]]
-    assert site.store.leases("c")[0].age > 1.0
+    assert [view.lease for view in site.store.leases("c")] == [lease.fence()]
+    with pytest.raises(LeaseLost):
+        site.store.renew_lease(lease)
+    while not site.store.leases("c")[0].lease.is_lifted:
+        loop.cycle()
+    assert site.config.lease.ttl - 0.1 < time.monotonic() - up < site.config.lease.ttl + 2
+
+
+def test_a_job_that_the_scheduler_still_has_run_gets_no_fence(site: Site, silent: int) -> None:
+    site.show("running", port=silent, jobs=FREE)
+    lease = site.lease("4")
+    shutil.rmtree(site.here / "lost")
+    shutil.copytree(site.here / "running", site.here / "lost")
+    loop = site.loop()
+    listen(loop)
+    while not site.told():
+        loop.cycle()
+
+    assert [view.lease for view in site.store.leases("c")] == [lease]
+
+
+def test_a_watcher_that_has_just_begun_takes_nobody_for_dead(site: Site, silent: int) -> None:
+    site.show("running", port=silent)
+    site.lease("4", age=60.0)
+
+    assert kinds(site.loop().cycle(look=True)) == [Leave]
+    assert site.told() == []
 
 
 def test_a_lease_that_is_renewed_while_its_node_is_asked_counts(site: Site, silent: int) -> None:
     site.show("running", port=silent)
-    lease = site.lease("4", age=2.0)
+    lease = site.lease("4")
     loop = site.loop()
+    listen(loop)
     loop.cycle()
-    late = threading.Timer(0.5, open_store(site.config.store).renew_lease, [lease])
+    late = threading.Timer(0.3, open_store(site.config.store).renew_lease, [lease])
     late.start()
 
     assert kinds(loop.cycle()) == [Leave]
@@ -213,9 +252,9 @@ def test_a_lease_that_is_renewed_while_its_node_is_asked_counts(site: Site, sile
 
 def test_a_node_whose_kernel_refuses_is_left_alone_and_its_owner_told_once(site: Site, refusing: int) -> None:
     site.show("running", port=refusing)
-    site.lease("4", age=2.0)
+    site.lease("4")
     loop = site.loop()
-    for _ in range(4):
+    for _ in range(14):
         loop.cycle()
         time.sleep(0.1)
 
@@ -232,7 +271,7 @@ def test_a_job_whose_lease_is_renewed_costs_the_scheduler_no_query(site: Site, s
     site.lease("4")
 
     assert loop.cycle() == ()
-    site.lease("4", age=2.0)
+    time.sleep(0.25)
     with pytest.raises(SchedulerUnavailable):
         loop.cycle()
 
@@ -264,17 +303,19 @@ def test_leases_of_ended_jobs_are_taken_away(site: Site, silent: int) -> None:
 @pytest.mark.parametrize("missing", ["slurmctld", "store"])
 def test_nothing_is_decided_while_one_does_not_answer(site: Site, silent: int, missing: str) -> None:
     site.show("running", port=silent)
-    site.lease("4", age=2.0)
+    site.lease("4")
     store, elsewhere, away = (site.here / name for name in ("store", "elsewhere", "away"))
     loop = site.loop()
+    listen(loop)
     loop.cycle()
     store.rename(elsewhere) if missing == "store" else away.touch()
     with pytest.raises((SchedulerUnavailable, StoreRefused)):
         loop.cycle()
     elsewhere.rename(store) if missing == "store" else away.unlink()
 
-    # What was seen before the gap is old news: the node has to be silent twice again.
-    assert [kinds(loop.cycle()) for _ in range(2)] == [[Leave], [MarkDown]]
+    # What was seen before the gap is old news: the node has to be silent for as long again.
+    assert [kinds(loop.cycle(look=True)) for _ in range(2)] == [[Leave], [Leave]]
+    assert site.told() == []
 
 
 def test_a_new_watcher_knows_what_the_last_one_did(here: Path, silent: int) -> None:
@@ -290,7 +331,7 @@ def test_a_new_watcher_knows_what_the_last_one_did(here: Path, silent: int) -> N
     wait_for(lambda: kinds(second.cycle(look=True)) == [Readmit], seconds=10)
     site.change_job(4, excluded_nodes="")
     assert kinds(site.loop().cycle()) == [Leave]
-    assert site.told() == ["update JobId=4 ExcNodeList=n1", "update JobId=4 ExcNodeList="]
+    assert site.told() == ["update JobId=4 ExcNodeList=n1 StartTime=now", "update JobId=4 ExcNodeList="]
 
 
 def test_nodes_that_a_person_excluded_stay_so(site: Site, silent: int) -> None:
@@ -298,7 +339,7 @@ def test_nodes_that_a_person_excluded_stay_so(site: Site, silent: int) -> None:
     site.lease("4", age=2.0)
     site.loop().cycle()
 
-    assert site.told() == ["update JobId=4 ExcNodeList=n1,n2,n3"]
+    assert site.told() == ["update JobId=4 ExcNodeList=n1,n2,n3 StartTime=now"]
 
 
 def test_the_daemon_acts_and_survives_an_absent_slurmctld_and_ends_by_sigterm(
@@ -313,7 +354,7 @@ def test_the_daemon_acts_and_survives_an_absent_slurmctld_and_ends_by_sigterm(
         (site.here / "away").unlink()
         wait_for(lambda: len(site.told()) == 2)
 
-    assert site.told() == ["update NodeName=n1 State=DOWN", "update JobId=4 ExcNodeList=n1"]
+    assert site.told() == ["update NodeName=n1 State=DOWN", "update JobId=4 ExcNodeList=n1 StartTime=now"]
     assert site.log().count("nothing can be decided") == 1
     assert "answer again" in site.log()
     assert "Traceback" not in site.log()
@@ -399,5 +440,5 @@ def test_the_schedulers_word_that_a_job_ended_is_acted_on_at_once(here: Path, si
 
         assert site.ask(SLURM, op="ended", job="4") == {}
 
-        wait_for(lambda: site.told() == ["update JobId=4 ExcNodeList=n1"])
+        wait_for(lambda: site.told() == ["update JobId=4 ExcNodeList=n1 StartTime=now"])
         assert time.monotonic() - began < 5

@@ -18,6 +18,9 @@
  *    tells it of a plain dump. It does its part while CRIU does the rest, and answers with a byte,
  *    without which the tree is not let go.
  *
+ * With $OUTLAST_TWIN_MEND set none of this is done, but what a CRIU that was killed may have left undone: the job's
+ * root takes orphans again.
+ *
  * The pages are read from the twins afterwards. Where a process could be given no twin nothing of it is
  * hidden, and CRIU dumps it as it always does. */
 #define _GNU_SOURCE
@@ -237,7 +240,8 @@ static void make_twin_of(pid_t pid)
 		make_twin(pid, pid == root);
 }
 
-/* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does it. */
+/* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does
+ * it: see $OUTLAST_TWIN_MEND. */
 static void finish_root(pid_t pid)
 {
 	struct layout layout;
@@ -272,6 +276,10 @@ static int on_frozen(int pid)
 		return 0;
 	made = true;
 	clock_gettime(CLOCK_MONOTONIC, &frozen);
+	if (getenv("OUTLAST_TWIN_MEND") != NULL) {
+		finish_root(pid);
+		return 0;
+	}
 	record = openat(criu_get_image_dir(), "twins", O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
 	if (record < 0) {
 		say("twins: %s", strerror(errno));

@@ -5,10 +5,13 @@ import { $, AtEnd, element, milliseconds, setText, size, time } from "./words.js
 const MOST = 3000;
 const KINDS = {
   started: "go", restored: "go", "begun-again": "go", released: "go", release: "go", submitted: "go",
-  checkpoint: "good", held: "good",
+  left: "go", thawed: "go",
+  checkpoint: "good", "on-hold": "good",
   dump: "quiet", asked: "quiet", "manager-restarted": "quiet", retired: "quiet", "node-excluded": "quiet", "node-readmitted": "quiet", "lease-dropped": "quiet",
+  mode: "quiet", hastened: "quiet", finding: "quiet", leaving: "quiet",
   "checkpoint-failed": "bad", "restore-failed": "bad", "not-started": "bad", "no-capsule": "bad", "node-marked-down": "bad", fenced: "bad", "not-held": "bad",
   "store-unreachable": "warn", requeued: "warn", killed: "warn", cancelled: "warn", cancel: "warn",
+  held: "warn", waits: "warn", "no-guard": "warn", "not-saved": "warn", "not-left": "warn",
 };
 
 function textOf(event) {

@@ -132,15 +132,17 @@ class Task:
         if wire.value(output, "job._rerun") == "True":
             obit["status"] = -18
         shutil.rmtree(self.temporary, ignore_errors=True)
-        tasks.pop(self.job["id"], None)
+        for path in (self.stdout, self.stderr, JOBS / f"{self.job['id']}.SC"):
+            path.unlink(missing_ok=True)
         while True:
             try:
                 wire.ask(wire.SERVER, obit)
                 break
             except OSError:
                 time.sleep(0.5)
-        for path in (self.stdout, self.stderr, JOBS / f"{self.job['id']}.SC"):
-            path.unlink(missing_ok=True)
+        # Until the server knows, the job is here; by then its next run may be.
+        if tasks.get(self.job["id"]) is self:
+            del tasks[self.job["id"]]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process of the job's sessions."""
@@ -182,7 +184,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
         task = tasks[request["job"]["id"]] = Task(request["job"], request["hook"])
         threading.Thread(target=task.start, daemon=True).start()
     elif operation == "have":
-        return {"jobs": {name: one.job["run_version"] for name, one in tasks.items()}}
+        return {"jobs": {name: one.job["run_version"] for name, one in list(tasks.items())}}
     elif task is None:
         return {"code": 1}
     elif operation == "kill":
