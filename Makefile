@@ -7,7 +7,7 @@ PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
 LIBEXECDIR ?= $(PREFIX)/libexec/outlast
 PACKAGES = outlast criu_backend
 
-install: install-python install-native install-slurm
+install: install-python install-native install-lib install-slurm
 
 install-python:
 	for package in $(PACKAGES); do \
@@ -26,6 +26,9 @@ install-python:
 install-native:
 	$(MAKE) -C criu_backend/native install DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)"
 
+install-lib:
+	$(MAKE) -C lib install DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)"
+
 install-slurm:
 	$(MAKE) -C plugins/slurm install DESTDIR="$(DESTDIR)"
 	for hook in prolog epilog epilog-slurmctld; do \
@@ -39,4 +42,4 @@ install-pbs:
 	install -D -m 644 plugins/pbs/outlast_hook.json "$(DESTDIR)$(LIBEXECDIR)/pbs/outlast_hook.json"
 	install -D -m 755 scripts/install-pbs "$(DESTDIR)$(LIBEXECDIR)/pbs/install-pbs"
 
-.PHONY: install install-python install-native install-slurm install-pbs
+.PHONY: install install-python install-native install-lib install-slurm install-pbs

@@ -25,7 +25,7 @@ from criu_backend._capsule import (
 )
 from criu_backend._explain import way_out
 from criu_backend._headroom import Headroom
-from criu_backend._images import ImageError, highest_pid, require_owner, statistics
+from criu_backend._images import ImageError, highest_pid, require_owner, root_pid, statistics
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
@@ -59,6 +59,7 @@ _HINTS = (
     (re.compile(r"Can't dump file \d+ of that type"), way_out("device")),
     # Those of a POSIX message queue alone are on a file system that is not mounted.
     (re.compile(r"Can't lookup mount=\d+ for fd=\d+ path=/[^/]*$"), way_out("message-queue")),
+    (re.compile(r"fsnotify"), "watch files (inotify) on a file system with file handles: ext4, XFS, tmpfs"),
     (re.compile(r"link remap"), way_out("deleted-linked")),
     (re.compile(r"Unable to convert uid or gid"), way_out("user-namespace")),
     (re.compile(r"have a proper root mount"), way_out("mount-namespace")),
@@ -69,6 +70,9 @@ _HINTS = (
     (re.compile(r"increase limit|ghost file"), "a deleted file that the job has open is too large"),
     (re.compile(r"Cannot assign requested address"), "the job listens on the address of the node it ran on"),
 )
+
+# Loaded into CRIU when it restores: native/reaper.c.
+REAPER_LIBRARY = Path("/usr/libexec/outlast/outlast-reaper.so")
 
 _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
@@ -303,10 +307,14 @@ class Criu:
         try:
             require_owner(images, uid)
             last_pid = highest_pid(images)
+            loaded = [f"LD_PRELOAD={REAPER_LIBRARY}", f"OUTLAST_ROOT={root_pid(images)}"]
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
-        command = [self._program, "restore", "--images-dir", os.fspath(images), "--log-file", log.name, "-v2"]
+        command = ["/usr/bin/env", *loaded, self._program, "restore", "--images-dir", os.fspath(images)]
         command += [
+            "--log-file",
+            log.name,
+            "-v2",
             "--restore-detached",
             "--pidfile",
             os.fspath(state / "restored.pid"),

@@ -69,6 +69,11 @@ def highest_pid(images: Path) -> int:
     return max(found)
 
 
+def root_pid(images: Path) -> int:
+    """Return the PID of the root of the tree in *images*."""
+    return int(entries(images / "pstree.img")[0]["pid"])
+
+
 def require_owner(images: Path, uid: int) -> None:
     """Make sure that every task in *images* is user *uid*'s and holds no more rights than a user has.
 

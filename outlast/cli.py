@@ -198,6 +198,26 @@ def _drain(args: argparse.Namespace) -> None:
     print(f"{args.node}: drained; {len(jobs)} jobs move{': ' + ' '.join(jobs) if jobs else ''}")
 
 
+def _explain(args: argparse.Namespace) -> None:
+    """Say what of a running job, or of the process PID, does not go with a checkpoint, and what to do."""
+    manager = _RUNTIME / args.job / "manager.sock"
+    if manager.exists():
+        findings = list(control.call(manager, {"op": "explain"})["findings"])
+    else:
+        from outlast import foreign
+
+        findings = foreign.findings(args.job)
+    if args.json:
+        _print_json({"findings": findings})
+        return
+    for one in findings:
+        where = f"process {one['pid']} ({one['name']})"
+        print(f"{where}{'' if one['fd'] is None else ', descriptor ' + str(one['fd'])}: {one['what']}")
+        print(f"    {'no checkpoint while it is there' if one['stops'] else 'the rest is restored'}: {one['way_out']}")
+    if not findings:
+        print("nothing speaks against a checkpoint")
+
+
 def _failures(args: argparse.Namespace) -> list[Mapping[str, Any]]:
     events = _ask(args, {"op": "events", "job": args.job})["events"]
     return [event for event in events if event["event"] == "checkpoint-failed"]
@@ -382,6 +402,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("restart", _restart)
     sub.add_argument("job", metavar="JOB|CHECKPOINT", help="17, or 17@0.4 for an older checkpoint")
     verb("drain", _drain).add_argument("node", metavar="NODE")
+    sub = verb("explain", _explain)
+    sub.add_argument("--json", action="store_true", help="print one JSON value")
+    sub.add_argument("job", metavar="JOB|PID", help="a job on this node, or as root any process")
     sub = verb("run", _run)
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"

@@ -51,6 +51,13 @@ def examine(path: Path) -> list[Finding]:
     else:
         fact = f"not looked at: {config.store.identity} cannot be read"
         findings.append(Finding("warn", "store", fact, "run 'outlast doctor' as root"))
+    if config.scheduler == "pbs":
+        from outlast import doctor_pbs
+
+        if doctor_pbs.settings().get("PBS_START_MOM") == "1":
+            findings += _node(config)
+        findings += doctor_pbs.examine(config)
+        return findings
     if shutil.which("slurmd") or not shutil.which("slurmctld"):
         findings += _node(config)
     if scontrol := shutil.which("scontrol"):
@@ -127,7 +134,9 @@ def _data_key(config: Config) -> Finding:
     except ConfigError as error:
         return Finding("FAIL", "data key", str(error), error.hint or "all nodes need the same key file")
     older = len(keyring.keys) - 1
-    fact = f"{config.store.key}: {keyring.newest} encrypts" + (f", {older} older can be read" if older else "")
+    fact = f"{config.store.key}: {keyring.newest} encrypts" + (
+        f", {older} older can be read" if older else ""
+    )
     return Finding("ok", "data key", fact)
 
 
@@ -151,7 +160,12 @@ def _slurm(scontrol: str, config: Config) -> Iterator[Finding]:
             yield Finding("ok", key, value)
         else:
             wanted = f"{key}=/usr/libexec/outlast/slurm/{program}"
-            yield Finding("FAIL", key, f"{value or '(null)'}: not Outlast's", f"slurm.conf: {wanted}, or call it from yours")
+            yield Finding(
+                "FAIL",
+                key,
+                f"{value or '(null)'}: not Outlast's",
+                f"slurm.conf: {wanted}, or call it from yours",
+            )
     yield from _plugstack(settings)
     yield from _timing(settings)
     # Written as "ctl" or "ctl(198.18.0.1)"; slurmctld may be installed on hosts that are no controllers.
@@ -168,13 +182,22 @@ def _plugstack(settings: dict[str, str]) -> Iterator[Finding]:
     texts = [path.read_text() for path in (main, *sorted(included.glob("*"))) if path.is_file()]
     line = re.search(r"^\s*(required|optional)\s+(\S*spank_outlast\.so)", "\n".join(texts), re.M)
     if line is None:
-        yield Finding("FAIL", "plugstack", f"{main}: names no spank_outlast.so", "add: optional spank_outlast.so")
+        yield Finding(
+            "FAIL", "plugstack", f"{main}: names no spank_outlast.so", "add: optional spank_outlast.so"
+        )
         return
     directories = [Path(place) for place in settings.get("PluginDir", "").split(":")]
     if not any((directory / line[2]).exists() for directory in directories):
-        yield Finding("FAIL", "plugin", f"{line[2]}: in none of {settings.get('PluginDir')}", "make -C plugins/slurm install")
+        yield Finding(
+            "FAIL",
+            "plugin",
+            f"{line[2]}: in none of {settings.get('PluginDir')}",
+            "make -C plugins/slurm install",
+        )
     elif line[1] == "required":
-        yield Finding("warn", "plugin", f"{line[2]} is required", "write optional: then a fault of it stops no job")
+        yield Finding(
+            "warn", "plugin", f"{line[2]} is required", "write optional: then a fault of it stops no job"
+        )
     else:
         yield Finding("ok", "plugin", f"{line[2]}, optional")
 

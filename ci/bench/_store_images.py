@@ -22,6 +22,7 @@ PROGRAMS = {
     "table": ("python3 table.py", 9),
 }
 
+
 def dump(bed: Bed, into: Path, say: Callable[[str], None]) -> None:
     """Run each of PROGRAMS on a node and leave its DUMPS images in *into*/NAME/1, 2, ..."""
     home = bed.give(_HERE, "bench")

@@ -8,9 +8,9 @@ Reads one JSON object a line:
     {"do": "changed", "old": DIRECTORY, "new": DIRECTORY}
     {"do": "close"}
 
-and answers each by one: seconds; cpu, the seconds of this process and of the ssh that it started; bytes, added
-to the store; anonymous, the most anonymous memory so far, in bytes. Until "close" the store stays open, as the
-manager of a job has it.
+and answers each by one: seconds; cpu, the seconds of this process and of the ssh that it started; bytes,
+added to the store; anonymous, the most anonymous memory so far, in bytes. Until "close" the store stays open,
+as the manager of a job has it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Outlast's store beside ssh cat, restic, borg and rsync: images of real programs, one sshd, in turns.
 
-Four programs are dumped by CRIU on a node of a cluster, three times each. Then every tool ships the first dump
-and the two that follow, and brings the last one back; tools take turns, all of them over SSH with the same
-cipher to the same sshd on loopback, whose directory is on tmpfs. At last all is done once more at a round
+Four programs are dumped by CRIU on a node of a cluster, three times each. Then every tool ships the first
+dump and the two that follow, and brings the last one back; tools take turns, all of them over SSH with the
+same cipher to the same sshd on loopback, whose directory is on tmpfs. At last all is done once more at a round
 trip of 20 ms. Outlast is connected as the manager of a job is, once for all checkpoints; the other tools
 connect for each, so "outlast+connect" has that time added. Takes about 15 minutes and 4 GB of memory. Needs
 restic, borgbackup and rsync, as Debian has them.
@@ -62,15 +62,22 @@ def run(bench: Bench) -> None:
     given = bench.options
     python = given.python or _python()
     before = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="outlast-bench-", dir="/dev/shm") as name:
-        home = Path(name)
-        _get_images(bench, home / "images")
-        images.noise(home / "images" / _NOISE / "1", _NOISE_SIZE)
-        with servers.start(home) as server:
-            _near(bench, home, server, python)
-            if given.round_trip and given.delayed_rounds:
-                with server.delayed(given.round_trip / 1000) as far:
-                    _far(bench, home, far, python)
+    try:
+        with tempfile.TemporaryDirectory(prefix="outlast-bench-", dir="/dev/shm") as name:
+            home = Path(name)
+            _get_images(bench, home / "images")
+            images.noise(home / "images" / _NOISE / "1", _NOISE_SIZE)
+            with servers.start(home) as server:
+                _near(bench, home, server, python)
+                if given.round_trip and given.delayed_rounds:
+                    with server.delayed(given.round_trip / 1000) as far:
+                        _far(bench, home, far, python)
+    finally:
+        _conclude(bench, before)
+
+
+def _conclude(bench: Bench, before: tuple[float, float, float]) -> None:
+    """Keep what follows from the figures, those of a run that was interrupted too."""
     bench.note("load", {"before": before, "after": os.getloadavg()})
     bench.note("targets", _TARGETS)
     bench.note("ratios", _ratios(bench))

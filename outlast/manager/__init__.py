@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from outlast.manager._daemon import RUNTIME, Manager
+from outlast.manager._files import open_for_writing
+from outlast.manager._findings import as_dictionary
 
-__all__ = ["RUNTIME", "Manager"]
+__all__ = ["RUNTIME", "Manager", "as_dictionary", "open_for_writing"]

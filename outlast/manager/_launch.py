@@ -203,19 +203,25 @@ class Launcher:
             except (OutlastError, CriuError, CapsuleError) as error:
                 name = checkpoint.id.name(run.job.job_id)
                 self._events.add("restore-failed", f"{name}: {error}", checkpoint=name)
+        start = store.get_record(run.job, "start")
         if checkpoints:
             newest = checkpoints[0].id.name(run.job.job_id)
-            raise RestoreFailed(
-                f"none of the {len(checkpoints)} checkpoints of job {run.job.job_id} could be restored",
-                hint=f"'outlast events {run.job.job_id}' says why; they are kept, the newest is {newest}",
-            )
-        start = store.get_record(run.job, "start")
+            if self._config.restart.when_unrestorable == "hold" or start is None:
+                raise RestoreFailed(
+                    f"none of the {len(checkpoints)} checkpoints of job {run.job.job_id} could be restored",
+                    hint=f"'outlast events {run.job.job_id}' says why; they are kept, the newest is {newest}",
+                )
+            # The checkpoints of the run that begins must not take its place in the store.
+            store.pin(run.job, checkpoints[0].id)
+            why = f"none of its {len(checkpoints)} checkpoints could be restored; the newest, {newest}, is pinned"
+        else:
+            why = "there was no checkpoint yet"
         if start is None:
             # The store answers and has never heard of the job: it did not get as far as its first line.
             return self._begin(run, shim)
         self._set_back_to(start, run, shim)
         capsule = self._start(run, shim)
-        self._events.add("begun-again", "there was no checkpoint yet; the job began again from its start")
+        self._events.add("begun-again", f"{why}; the job began again from its start")
         return capsule
 
     def _set_back_to(self, start: Mapping[str, Any], run: Run, shim: Shim) -> None:

@@ -87,7 +87,7 @@ class Restorer:
         begin = time.monotonic()
         with contextlib.ExitStack() as closing:
             closing.callback(shutil.rmtree, images, ignore_errors=True)
-            closing.callback(lambda: keep_log(images / "restore.log", run))
+            closing.push(lambda kind, *_: keep_log(images / "restore.log", run, failed=kind is not None))
             following = None
             if not whole and self._follow(checkpoint):
                 following = self._prepare(run, checkpoint, images)

@@ -12,6 +12,9 @@ from criu_backend import Capsule
 from outlast.manager._mom import Mom
 from outlast.model import JobKey
 
+# Where the managers' own logs are, for the operator.
+LOGS = Path("/var/log/outlast/jobs")
+
 
 @dataclass
 class Run:
@@ -78,9 +81,11 @@ class Run:
         )
 
 
-def keep_log(log_file: Path, run: Run) -> None:
-    """Keep CRIU's newest log of its kind beside the job's sockets, for the operator."""
+def keep_log(log_file: Path, run: Run, *, failed: bool = False) -> None:
+    """Keep CRIU's newest log of its kind beside the job's sockets; with *failed*, where it outlives the job."""
     if log_file.exists():
         kept = run.directory / log_file.name
+        if failed and LOGS.is_dir():
+            kept = LOGS / f"{run.job.job_id}.{log_file.name}"
         kept.touch(mode=0o600)
         shutil.copyfile(log_file, kept)

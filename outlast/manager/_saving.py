@@ -60,8 +60,9 @@ def save(
 
     Returns:
         For each file `path`, `size` (bytes) and `mode`; and, where that applies, `saved`, the copy's name in
-        *images*; `ends`, a checksum that `outlast.set_back.checksum` computes as well; `mtime_ns`, of a file that may not
-        have changed at all when the job is restored; `parents`, directories to make and their modes.
+        *images*; `ends`, the checksum of `outlast.set_back.checksum`; `mtime_ns`, of a file that may not have
+        changed at all when the job is restored; `parents`, directories to make and their modes; `memory`,
+        whether it is shared memory, of which nothing is to be kept aside.
 
     Raises:
         CheckpointRefused: more is mapped for writing than may be saved.
@@ -218,7 +219,7 @@ def _files(pids: Iterable[int], scratch: Sequence[Path]) -> list[_File]:
 
 
 def _file(link: str, found: dict[tuple[int, int], _File]) -> _File | None:
-    """Return the file that *link* leads to, if it is a regular one with a name, and remember it in *found*."""
+    """Return the file that *link* leads to, if it is a regular one with a name, and note it in *found*."""
     try:
         info = os.stat(link)  # noqa: PTH116 - follows the magic link to the open file itself
         path = os.readlink(link)  # noqa: PTH115
@@ -259,7 +260,7 @@ def _parents(path: Path, uid: int) -> list[tuple[str, int]]:
 
 
 def _checksum(link: str, size: int) -> int | None:
-    """Return what `outlast.set_back.checksum` returns of the file's first *size* bytes; None where it cannot be read."""
+    """Return what `outlast.set_back.checksum` does of the first *size* bytes; None where they are unreadable."""
     try:
         file = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

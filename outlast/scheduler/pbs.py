@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ class PbsScheduler:
                 log.warning("no node is put back into service now: %s", error)
 
     def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
-        """See `Scheduler.exclude`: a node that was marked down is out of service for all, so there is nothing to do."""
+        """See `Scheduler.exclude`: a node that was marked down is out of service for all: nothing is left to do."""
 
     def require(self, handle: str, node: str) -> None:
         """See `Scheduler.require`."""

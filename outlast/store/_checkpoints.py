@@ -161,7 +161,7 @@ class Checkpoints:
             try:
                 manifest = self.manifest(job, checkpoint.id)
                 known = known_from(
-                    manifest, [self._trailer(job, manifest, n) for n in range(len(manifest.packs))]
+                    manifest, (self._trailer(job, manifest, n) for n in range(len(manifest.packs)))
                 )
                 break
             except (CorruptCheckpoint, FileNotFoundError) as error:

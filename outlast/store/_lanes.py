@@ -81,6 +81,7 @@ class Shared:
         self._count = count
         self._request = (_wire.OPEN, _wire.text(path) + struct.pack(">II", flags, 0))
         self._lanes: dict[Wire, bytes] = {}
+        self._seen: set[Wire] = set()
         self._moved = 0
 
     def __enter__(self) -> Shared:
@@ -104,9 +105,11 @@ class Shared:
         self._moved = moved
         if moved < _WORTH:
             return ()
-        new = [wire for wire in self._helpers.wires(self._count) if wire not in self._lanes]
+        new = [wire for wire in self._helpers.wires(self._count) if wire not in self._seen]
         if new:
+            self._seen.update(new)
             with contextlib.closing(_wire.pipeline((wire, self._request) for wire in new)) as replies:
                 for wire, reply in zip(new, replies, strict=True):
-                    self._lanes[wire] = _wire.handle_of(*reply)
+                    with contextlib.suppress(Status):  # one that may not open the file is of no help
+                        self._lanes[wire] = _wire.handle_of(*reply)
         return list(self._lanes.items())

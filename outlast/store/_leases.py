@@ -1,5 +1,7 @@
-"""Leases: files whose names say who holds them, whose sizes are the count of their renewals, and whose mtimes say
-since when they are silent."""
+"""Leases: files whose names say who holds them.
+
+Their sizes are the count of their renewals, and their mtimes say since when they are silent.
+"""
 
 from __future__ import annotations
 

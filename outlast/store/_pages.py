@@ -19,6 +19,10 @@ FRAME_PAGES = 64
 ZERO = -1
 UNKNOWN = -2
 
+_PART_BITS = 3
+_PARTS = 1 << _PART_BITS
+_FEW = 1 << 16  # pages
+
 _hash = xxhash.xxh3_128_digest
 _ZERO_HASH = np.frombuffer(_hash(bytes(PAGE)), np.uint64)
 
@@ -36,48 +40,82 @@ def are_zero(hashes: Hashes) -> NDArray[np.bool_]:
 
 
 class PageTable:
-    """Where the store has which page: 24 bytes a page."""
+    """Where the store has which page: 24 bytes a page.
+
+    It is kept in parts, by the first bits of the hash, so that sorting takes little memory besides.
+    """
 
     def __init__(self) -> None:
-        self._hashes: Hashes = np.empty((0, 2), np.uint64)  # sorted by their first half
-        self._places: Numbers = np.empty(0, np.int64)
+        self._parts = [_Part() for _ in range(_PARTS)]
         self._fresh: list[tuple[Hashes, Numbers]] = []
+        self._fresh_pages = 0
 
     def __len__(self) -> int:
-        return len(self._places) + sum(len(places) for _, places in self._fresh)
+        return self._fresh_pages + sum(len(part.places) for part in self._parts)
 
     def add(self, hashes: Hashes, places: Numbers) -> None:
-        """Learn that pages with *hashes* lie at *places*; `find` knows them after `settle`."""
+        """Learn that pages with *hashes* lie at *places*; `find` knows them after `settle` at the latest."""
         self._fresh.append((hashes, places))
+        self._fresh_pages += len(places)
+        if self._fresh_pages > max(_FEW, len(self) // 4):
+            self.settle()
 
     def settle(self) -> None:
         """Sort in what has been added."""
         if not self._fresh:
             return
-        hashes = np.concatenate([self._hashes, *(fresh for fresh, _ in self._fresh)])
-        places = np.concatenate([self._places, *(fresh for _, fresh in self._fresh)])
+        hashes = np.concatenate([fresh for fresh, _ in self._fresh])
+        places = np.concatenate([fresh for _, fresh in self._fresh])
         self._fresh.clear()
-        order = np.argsort(hashes[:, 0], kind="stable")
-        self._hashes, self._places = hashes[order], places[order]
+        self._fresh_pages = 0
+        for part, mine in zip(self._parts, _split(hashes), strict=True):
+            part.add(hashes[mine], places[mine])
 
     def find(self, hashes: Hashes) -> Numbers:
         """Return for each of *hashes* where that page lies, or UNKNOWN."""
-        if not len(self._places):
-            return np.full(len(hashes), UNKNOWN, np.int64)
-        at = np.searchsorted(self._hashes[:, 0], hashes[:, 0])
-        at[at == len(self._places)] = 0
-        # Two pages with the same first half are one in 2^64: the second is then stored again.
-        same = (self._hashes[at] == hashes).all(axis=1)
-        return np.where(same, self._places[at], UNKNOWN)
+        found = np.full(len(hashes), UNKNOWN, np.int64)
+        for part, mine in zip(self._parts, _split(hashes), strict=True):
+            if len(mine) and len(part.places):
+                found[mine] = part.find(hashes[mine])
+        return found
 
     def keep(self, wanted: NDArray[np.bool_]) -> None:
         """Forget each page whose frame is not *wanted* (one truth value a frame); number anew the rest."""
         self.settle()
-        frames = self._places // FRAME_PAGES
-        kept = wanted[frames]
         numbers = np.cumsum(wanted) - 1
-        self._hashes = self._hashes[kept]
-        self._places = numbers[frames[kept]] * FRAME_PAGES + self._places[kept] % FRAME_PAGES
+        for part in self._parts:
+            frames = part.places // FRAME_PAGES
+            kept = wanted[frames]
+            part.hashes = part.hashes[kept]
+            part.places = numbers[frames[kept]] * FRAME_PAGES + part.places[kept] % FRAME_PAGES
+
+
+class _Part:
+    """Pages whose hashes begin alike, sorted by the first half of the hash."""
+
+    def __init__(self) -> None:
+        self.hashes: Hashes = np.empty((0, 2), np.uint64)
+        self.places: Numbers = np.empty(0, np.int64)
+
+    def add(self, hashes: Hashes, places: Numbers) -> None:
+        hashes = np.concatenate([self.hashes, hashes])
+        order = np.argsort(hashes[:, 0], kind="stable")
+        self.hashes = hashes[order]
+        self.places = np.concatenate([self.places, places])[order]
+
+    def find(self, hashes: Hashes) -> Numbers:
+        at = np.searchsorted(self.hashes[:, 0], hashes[:, 0])
+        at[at == len(self.places)] = 0
+        # Two pages with the same first half are one in 2^64: the second is then stored again.
+        same = (self.hashes[at] == hashes).all(axis=1)
+        return np.where(same, self.places[at], UNKNOWN)
+
+
+def _split(hashes: Hashes) -> list[NDArray[np.int64]]:
+    """Return for each part which of *hashes* belong to it."""
+    parts = hashes[:, 0] >> np.uint64(64 - _PART_BITS)
+    order = np.argsort(parts, kind="stable")
+    return np.split(order, np.searchsorted(parts[order], np.arange(1, _PARTS)))
 
 
 def runs_of(places: Numbers) -> Numbers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -268,14 +268,16 @@ def finish_items(
     return tuple(items), rows, packs, live, sum(size for _, _, size, _, _ in gatherer.items)
 
 
-def known_from(manifest: Manifest, trailers: Sequence[Trailer]) -> Known:
+def known_from(manifest: Manifest, trailers: Iterable[Trailer]) -> Known:
     """Return what a writer needs to go on after *manifest*, another writer's, whose packs have *trailers*."""
     known = Known()
+    counts = [0]
     for pack, trailer in zip(manifest.packs, trailers, strict=True):
         known.add_pack(pack, trailer)
+        counts.append(len(trailer.offsets))
     known.table.settle()
     # The same frames, as this writer numbers them: by pack, and by number in the pack.
-    starts = np.cumsum([0, *(len(trailer.offsets) for trailer in trailers)])
+    starts = np.cumsum(counts)
     renumbered = starts[manifest.frames[:, 0]] + manifest.frames[:, 1]
     if (manifest.frames != known.frames.take(renumbered, axis=0, mode="clip")).any():
         raise CorruptCheckpoint(f"{manifest.job}: a pack and the manifest tell of different frames")

@@ -40,7 +40,9 @@ _INITRST = -5
 # The shim's, where no manager answers and the job must not be begun from its start.
 _TEMPORARY_FAILURE = 75
 # Before every task, even where the shim itself has gone: a restarted job must not begin from its start.
-_NO_SHIM = 'echo "outlast: $0: not there; the job was restarted, and is not begun from its start" >&2; exit 75'
+_NO_SHIM = (
+    'echo "outlast: $0: not there; the job was restarted, and is not begun from its start" >&2; exit 75'
+)
 
 
 class Refused(Exception):
@@ -90,7 +92,9 @@ def queue(event, settings):
     if str(job.Rerunable) in ("False", "n", "0"):
         raise Refused("outlast: a job that may not be rerun cannot be restarted; leave out -r n, or -c")
     resources = job.Resource_List
-    select, place = (str(resources[name] or "") if resources is not None else "" for name in ("select", "place"))
+    select, place = (
+        str(resources[name] or "") if resources is not None else "" for name in ("select", "place")
+    )
     chunks = sum(int(re.match(r"[0-9]*", chunk)[0] or 1) for chunk in select.split("+")) if select else 1
     if chunks > 1 and "pack" not in place.split(":"):
         raise Refused(
@@ -103,7 +107,7 @@ def queue(event, settings):
 
 
 def modify(event, settings):
-    """qalter -c: look at it, and tell the manager of a running job. Raises Refused."""
+    """Look at what qalter -c asks for, and tell the manager of a running job. Raises Refused."""
     job, before = event.job, event.job_o
     if job.Checkpoint is None:
         return
@@ -112,10 +116,14 @@ def modify(event, settings):
     interval = interval_of(checkpoint, {}, settings)
     if int(before.job_state) == _RUNNING:
         if had is None and interval is not None:
-            raise Refused("outlast: the job was started without checkpoints, and can have none before its next run")
+            raise Refused(
+                "outlast: the job was started without checkpoints, and can have none before its next run"
+            )
         if had is not None:
             command = [settings["outlast"], "hook", "pbs-interval"]
-            _start(command, OUTLAST_JOB_ID=directory_name(str(before.id)), OUTLAST_INTERVAL=interval or "never")
+            _start(
+                command, OUTLAST_JOB_ID=directory_name(str(before.id)), OUTLAST_INTERVAL=interval or "never"
+            )
         # The variables of a running job are fixed; its next run finds what stands in Checkpoint.
     elif interval is not None:
         job.Variable_List[INTERVAL] = interval
@@ -190,7 +198,9 @@ def epilogue(event, settings):
         os.unlink(marker)
     elif _asked(job) and status == _INITRST:
         why = "its host went down, and came back"
-    elif _asked(job) and status == _TEMPORARY_FAILURE and int(job.run_version) > 1 and not os.path.exists(path):
+    elif (
+        _asked(job) and status == _TEMPORARY_FAILURE and int(job.run_version) > 1 and not os.path.exists(path)
+    ):
         why = "there was no manager to bring it back"
     if os.path.exists(path):
         _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)

@@ -22,6 +22,14 @@ HERE = Path(__file__).resolve().parent
 MOMS = ("n1", "n2")
 COMMANDS = ("qsub", "qstat", "qdel", "qhold", "qrls", "qrerun", "qsig", "qmgr", "pbsnodes", "pbs_attach")
 DOUBLE = "/usr/local/lib/pbs-double"
+# A watcher whose parent is the host's init was started by these tests.
+END_WATCHERS = """
+for one in $(pgrep -f '^[^ ]*python3 -P /usr/bin/outlast watcher'); do
+	parent=$(ps -o ppid= "$one" | tr -d ' ')
+	[ "$parent" = 1 ] || kill "$parent"
+	kill "$one"
+done
+"""
 INSTALL = "/usr/libexec/outlast/pbs/install-pbs"
 
 
@@ -34,11 +42,15 @@ class Pbs(Cluster):
 
     def pbs(self, *command: str, user: bool = False) -> str:
         """Run one of PBS's commands on the server, as root or as alice; it must succeed."""
-        return self.on("ctl", "env", "PATH=/usr/local/bin:/opt/pbs/bin:/opt/pbs/sbin:/usr/bin:/bin", *command, user=user)
+        return self.on(
+            "ctl", "env", "PATH=/usr/local/bin:/opt/pbs/bin:/opt/pbs/sbin:/usr/bin:/bin", *command, user=user
+        )
 
     def try_pbs(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run one of PBS's commands as alice; whatever comes of it."""
-        return self.try_on("ctl", "env", "PATH=/usr/local/bin:/opt/pbs/bin:/usr/bin:/bin", *command, user=True)
+        return self.try_on(
+            "ctl", "env", "PATH=/usr/local/bin:/opt/pbs/bin:/usr/bin:/bin", *command, user=True
+        )
 
     def start_mom(self, node: str) -> None:
         """Start the MoM of a host that has just come up."""
@@ -47,7 +59,12 @@ class Pbs(Cluster):
         def started() -> bool:
             # What is started while the host is still booting may end with that.
             time.sleep(1)
-            if self.try_on(node, "sh", stdin=f"ps -eo args | grep -q '[/]{name.rpartition('/')[2]}'").returncode == 0:
+            if (
+                self.try_on(
+                    node, "sh", stdin=f"ps -eo args | grep -q '[/]{name.rpartition('/')[2]}'"
+                ).returncode
+                == 0
+            ):
                 return True
             if self.real:
                 self.try_on(node, "sh", "-c", "/opt/pbs/libexec/pbs_init.d start >/dev/null 2>&1")
@@ -59,7 +76,12 @@ class Pbs(Cluster):
 
     def daemon(self, host: str, command: str) -> None:
         """Start *command* on *host*, for as long as that is up."""
-        self.on(host, "sh", "-c", f"mkdir -p /var/log; setsid {command} </dev/null >>/var/log/pbs-tests.log 2>&1 &")
+        self.on(
+            host,
+            "sh",
+            "-c",
+            f"mkdir -p /var/log; setsid {command} </dev/null >>/var/log/pbs-tests.log 2>&1 &",
+        )
 
     def put(self, host: str, source: Path, target: str) -> None:
         """Copy what is in the directory *source* into *target* on *host*, as root's."""
@@ -67,7 +89,14 @@ class Pbs(Cluster):
         with tarfile.open(fileobj=packed, mode="w") as archive:
             archive.add(source, arcname=".", filter=_as_root)
         subprocess.run(
-            [ROOT / "scripts" / "testbed", "exec", host, "sh", "-c", f"mkdir -p {target} && tar -C {target} --no-overwrite-dir -xf -"],
+            [
+                ROOT / "scripts" / "testbed",
+                "exec",
+                host,
+                "sh",
+                "-c",
+                f"mkdir -p {target} && tar -C {target} --no-overwrite-dir -xf -",
+            ],
             input=packed.getvalue(),
             check=True,
             timeout=60,
@@ -100,21 +129,30 @@ def _set_up(cluster: Pbs, product: Path) -> None:
     subprocess.run(["make", "-s", "-C", ROOT, "install-pbs", f"DESTDIR={product}"], check=True, timeout=60)
     for host in ("ctl", *MOMS):
         cluster.put(host, product, "/")
-        cluster.on(host, "sh", "-c", "grep -q scheduler /etc/outlast/outlast.toml || sed -i '1i scheduler = \"pbs\"' /etc/outlast/outlast.toml")
+        cluster.on(
+            host,
+            "sh",
+            "-c",
+            "f=/etc/outlast/outlast.toml; grep -q scheduler $f || sed -i '1i scheduler = \"pbs\"' $f",
+        )
         if cluster.real:
             continue
         cluster.put(host, HERE / "double", DOUBLE)
         links = "; ".join(f"ln -sf {DOUBLE}/command.py /usr/local/bin/{name}" for name in COMMANDS)
         start = "PBS_START_SERVER=1" if host == "ctl" else "PBS_START_MOM=1"
         conf = f"PBS_EXEC=/usr/local\\nPBS_HOME=/var/spool/pbs\\n{start}\\n"
-        cluster.on(host, "sh", "-c", f"{links}; printf '{conf}' >/etc/pbs.conf; mkdir -p /var/spool/pbs/mom_priv")
+        cluster.on(
+            host, "sh", "-c", f"{links}; printf '{conf}' >/etc/pbs.conf; mkdir -p /var/spool/pbs/mom_priv"
+        )
     # The testbed's own watcher asks Slurm; it is ended with the shell that would start it again.
-    cluster.on("ctl", "sh", "-c", 'pid=$(pgrep -f "^[^ ]*python3 -P /usr/bin/outlast watcher"); for one in $pid; do kill $(ps -o ppid= $one) $one; done; true')
+    cluster.on("ctl", "sh", stdin=END_WATCHERS)
     if not cluster.real:
         for node in MOMS:
             cluster.start_mom(node)
         cluster.daemon("ctl", f"{DOUBLE}/server.py {' '.join(MOMS)}")
-    eventually(lambda: cluster.try_pbs("qstat", "-f", "-F", "json").returncode == 0, within=30, what="a server")
+    eventually(
+        lambda: cluster.try_pbs("qstat", "-f", "-F", "json").returncode == 0, within=30, what="a server"
+    )
     for host in ("ctl", *MOMS):
         cluster.on(host, INSTALL)
     cluster.pbs("qmgr", "-c", "set server node_fail_requeue = 3")

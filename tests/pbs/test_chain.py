@@ -33,7 +33,9 @@ class Job:
     def __init__(self, pbs: Pbs, script: str, *options: str) -> None:
         self.pbs = pbs
         self.directory = pbs.new_directory()
-        pbs.on("ctl", "sh", "-c", f"cat > {self.directory}/job.sh", user=True, stdin=f"#!/bin/bash\n{script}\n")
+        pbs.on(
+            "ctl", "sh", "-c", f"cat > {self.directory}/job.sh", user=True, stdin=f"#!/bin/bash\n{script}\n"
+        )
         self.id = self.submit(*options).stdout.strip()
         self.number = self.id.partition(".")[0]
 
@@ -61,7 +63,9 @@ class Job:
     @property
     def log(self) -> str:
         """What its managers have logged, on all hosts."""
-        logs = (self.pbs.state / "hosts" / node / "upper/var/log/outlast/jobs" / f"{self.id}.log" for node in MOMS)
+        logs = (
+            self.pbs.state / "hosts" / node / "upper/var/log/outlast/jobs" / f"{self.id}.log" for node in MOMS
+        )
         return "".join(path.read_text() for path in logs if path.exists())
 
     def count(self, event: str) -> int:
@@ -70,11 +74,15 @@ class Job:
 
     def wait_for(self, event: str, count: int = 1, within: float = 60) -> None:
         """Wait until its managers have logged *event* so often."""
-        eventually(lambda: self.count(event) >= count, within=within, what=f"{count} times {event}:\n{self.log}")
+        eventually(
+            lambda: self.count(event) >= count, within=within, what=f"{count} times {event}:\n{self.log}"
+        )
 
     def wait_for_state(self, letter: str, within: float = 90) -> None:
         """Wait for PBS's letter."""
-        eventually(lambda: self.state == letter, within=within, what=f"job {self.id} in {letter}:\n{self.log}")
+        eventually(
+            lambda: self.state == letter, within=within, what=f"job {self.id} in {letter}:\n{self.log}"
+        )
 
     def output(self, letter: str = "o") -> list[str]:
         """The lines of its output, which PBS delivers at the end."""
@@ -92,7 +100,9 @@ class Job:
     def processes(self, node: str) -> list[str]:
         """The processes on *node* that are this job's."""
         said = self.pbs.on(node, "ps", "-ww", "-eo", "args")
-        return [line for line in said.splitlines() if f"{self.id}.SC" in line or "outlast-shim --interval" in line]
+        return [
+            line for line in said.splitlines() if f"{self.id}.SC" in line or "outlast-shim --interval" in line
+        ]
 
 
 def test_a_job_whose_host_is_lost_goes_on_elsewhere(pbs: Pbs) -> None:
@@ -143,7 +153,12 @@ def test_what_pbs_keeps_on_the_host_only_is_there_after_a_rerun(pbs: Pbs) -> Non
 
 
 def test_signals_and_deletion_reach_the_job_in_its_capsule(pbs: Pbs) -> None:
-    job = Job(pbs, 'trap "" USR1; exec /usr/bin/python3 -c "import time; time.sleep(300)"', "-v", "OUTLAST_INTERVAL=1s")
+    job = Job(
+        pbs,
+        'trap "" USR1; exec /usr/bin/python3 -c "import time; time.sleep(300)"',
+        "-v",
+        "OUTLAST_INTERVAL=1s",
+    )
     job.wait_for("checkpoint", 2)
     node = job.node
     pbs.pbs("qdel", job.id, user=True)
@@ -155,7 +170,9 @@ def test_signals_and_deletion_reach_the_job_in_its_capsule(pbs: Pbs) -> None:
 
 
 def test_a_copy_that_was_cut_off_is_ended_before_it_can_write(pbs: Pbs) -> None:
-    job = Job(pbs, TICKS.replace(f"seq {COUNT}", "seq 60") if pbs.real else TICKS, "-v", "OUTLAST_INTERVAL=1s")
+    job = Job(
+        pbs, TICKS.replace(f"seq {COUNT}", "seq 60") if pbs.real else TICKS, "-v", "OUTLAST_INTERVAL=1s"
+    )
     job.wait_for("checkpoint", 2)
     cut = job.node
     pbs.testbed("cut", cut)

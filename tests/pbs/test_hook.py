@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import eventually
+
 HERE = Path(__file__).resolve().parent
 HOOK = HERE.parents[1] / "plugins" / "pbs" / "outlast_hook.py"
 PROGRAM = shutil.which("pbs_python") or str(HERE / "double" / "pbs_python")
@@ -76,7 +78,19 @@ class Site:
         source, output = self.directory / "event.in", self.directory / "event.out"
         source.write_text(text)
         done = subprocess.run(
-            [PROGRAM, "--hook", "-i", str(source), "-o", str(output), "-L", str(self.directory), "-e", "4095", str(hook)],
+            [
+                PROGRAM,
+                "--hook",
+                "-i",
+                str(source),
+                "-o",
+                str(output),
+                "-L",
+                str(self.directory),
+                "-e",
+                "4095",
+                str(hook),
+            ],
             env={"PATH": "/bin:/usr/bin", "PBS_HOOK_CONFIG_FILE": str(self.config)},
             cwd=self.directory,
             capture_output=True,
@@ -166,7 +180,9 @@ def test_a_first_run_needs_no_shim_and_a_later_one_is_not_begun_without(site: Si
     assert (first.value("accept"), first.value("progname"), first.argv) == ("True", "/bin/bash", [])
     later = site.run("execjob_launch", ASKS, ("run_version=1", "run_version=2"))
     assert (later.value("accept"), later.value("progname")) == ("True", "/bin/sh")
-    done = subprocess.run([str(later.value("progname")), *later.argv[1:]], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(later.value("progname")), *later.argv[1:]], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 75
     assert "not begun from its start" in done.stderr
 
@@ -174,7 +190,9 @@ def test_a_first_run_needs_no_shim_and_a_later_one_is_not_begun_without(site: Si
 @pytest.mark.parametrize("event", ["execjob_launch", "execjob_epilogue"])
 @pytest.mark.parametrize("fault", ["config", "run_version", "user"])
 def test_no_fault_of_the_hook_ends_a_job(site: Site, event: str, fault: str) -> None:
-    changes = {"config": ASKS, "run_version": ("run_version=1", "run_count=1"), "user": ("egroup", "egroup")}[fault]
+    changes = {"config": ASKS, "run_version": ("run_version=1", "run_count=1"), "user": ("egroup", "egroup")}[
+        fault
+    ]
     if fault == "config":
         site.config.write_text("{")
         changes = ("Checkpoint=w=1", "Checkpoint=w=1")
@@ -194,7 +212,9 @@ def test_a_job_that_was_held_is_given_back_to_the_queue(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("runs", "again"), [(15, "True"), (16, None)])
-def test_a_job_that_cannot_be_brought_back_has_a_budget_below_pbss_own(site: Site, runs: int, again: str | None) -> None:
+def test_a_job_that_cannot_be_brought_back_has_a_budget_below_pbss_own(
+    site: Site, runs: int, again: str | None
+) -> None:
     marked(site, "the store does not answer")
     outcome = site.run("execjob_epilogue", ("run_count=1", f"run_count={runs}"))
     assert outcome.value("job._rerun") == again
@@ -242,7 +262,14 @@ def submit(site: Site) -> Callable[..., Outcome]:
 
 @pytest.mark.parametrize(
     ("asked", "stands", "interval"),
-    [("w=5", "w", "5m"), ("c=90", "c", "90m"), ("c", None, "10m"), ("w", None, "10m"), ("u", None, None), ("n", None, None)],
+    [
+        ("w=5", "w", "5m"),
+        ("c=90", "c", "90m"),
+        ("c", None, "10m"),
+        ("w", None, "10m"),
+        ("u", None, None),
+        ("n", None, None),
+    ],
 )
 def test_minutes_become_an_interval(
     submit: Callable[..., Outcome], asked: str, stands: str | None, interval: str | None
@@ -263,7 +290,10 @@ def test_minutes_become_an_interval(
         (("Checkpoint=w=5", "Checkpoint=w=99999"), "not a time between 1s and 30d"),
         (("Priority=0", "interactive=1"), "interactive"),
         (("Rerunable=True", "Rerunable=False"), "-r n"),
-        (("select]=1:ncpus=1", "select]=2:ncpus=1\npbs.event().job.Resource_List[place]=scatter"), "several hosts"),
+        (
+            ("select]=1:ncpus=1", "select]=2:ncpus=1\npbs.event().job.Resource_List[place]=scatter"),
+            "several hosts",
+        ),
     ],
     ids=["no-unit", "too-long", "interactive", "not-rerunnable", "several-hosts"],
 )
@@ -275,3 +305,44 @@ def test_what_cannot_be_had_is_refused_with_the_reason(
     outcome = submit(*changes, change)
     assert outcome.value("accept") == "False"
     assert words in str(outcome.value("reject_msg"))
+
+
+@pytest.mark.parametrize(
+    ("running", "had", "asked", "told"),
+    [
+        (True, True, "w=2", "2m"),
+        (True, True, "n", "never"),
+        (False, True, "w=2", None),
+    ],
+    ids=["a-running-job", "no-more", "a-waiting-job"],
+)
+def test_qalter_reaches_the_manager_of_a_running_job(
+    site: Site, running: bool, had: bool, asked: str, told: str | None
+) -> None:
+    if not SERVER_EVENTS:
+        pytest.skip("pbs_python runs the events of the server inside the server")
+    outcome = site.run(
+        "modifyjob",
+        ("Checkpoint=w=9", f"Checkpoint={asked}"),
+        ("state=R", "state=R" if running else "state=Q"),
+    )
+    assert outcome.value("accept") == "True"
+    if told is None:
+        assert "OUTLAST_INTERVAL=2m" in str(outcome.value("job.Variable_List")).split(",")
+        assert site.calls == ""
+        return
+    assert outcome.value("job.Variable_List") is None, "PBS does not let a running job's variables be changed"
+    eventually(lambda: "OUTLAST_INTERVAL" in site.calls, within=10, what="a call of the product")
+    assert site.calls.splitlines() == [
+        "hook pbs-interval",
+        f"OUTLAST_INTERVAL={told}",
+        "OUTLAST_JOB_ID=48.h3srv",
+    ]
+
+
+def test_a_running_job_without_checkpoints_is_refused_an_interval(site: Site) -> None:
+    if not SERVER_EVENTS:
+        pytest.skip("pbs_python runs the events of the server inside the server")
+    outcome = site.run("modifyjob", ("OUTLAST_INTERVAL=30s", "M=1"))
+    assert outcome.value("accept") == "False"
+    assert "before its next run" in str(outcome.value("reject_msg"))

@@ -43,10 +43,8 @@ def server(request: pytest.FixtureRequest) -> SshServer | None:
 @pytest.fixture
 def top(server: SshServer | None, tmp_path: Path) -> Path:
     """The store's top directory, as this machine sees it: empty."""
-    if server is None:
-        directory = tmp_path / "store"
-    else:
-        directory = server.served / f"{tmp_path.parent.name}-{tmp_path.name}"
+    own = f"{tmp_path.parent.name}-{tmp_path.name}"
+    directory = tmp_path / "store" if server is None else server.served / own
     directory.mkdir()
     return directory
 

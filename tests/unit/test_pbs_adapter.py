@@ -87,7 +87,11 @@ def test_a_job_has_a_name_that_the_store_can_have(handle: str, name: str) -> Non
 def test_the_tasks_of_an_array_are_jobs_and_the_array_is_none() -> None:
     rows = json.loads(JOBS)
     row = rows["Jobs"].pop("0.ctl")
-    rows["Jobs"] = {"5[].ctl": row | {"job_state": "B"}, "5[1].ctl": row, "5[2].ctl": row | {"job_state": "Q"}}
+    rows["Jobs"] = {
+        "5[].ctl": row | {"job_state": "B"},
+        "5[1].ctl": row,
+        "5[2].ctl": row | {"job_state": "Q"},
+    }
     jobs = parse_jobs(json.dumps(rows), USERS)
     assert [(job.job_id, job.handle) for job in jobs] == [("5_1.ctl", "5[1].ctl"), ("5_2.ctl", "5[2].ctl")]
 
@@ -96,7 +100,9 @@ def test_no_jobs_are_no_error() -> None:
     assert parse_jobs('{"timestamp": 1, "pbs_server": "ctl"}') == ()
 
 
-@pytest.mark.parametrize("output", ["", "qstat: down", "[]", '{"Jobs": {"1.ctl": {}}}', '{"Jobs": {"1.ctl": 1}}'])
+@pytest.mark.parametrize(
+    "output", ["", "qstat: down", "[]", '{"Jobs": {"1.ctl": {}}}', '{"Jobs": {"1.ctl": 1}}']
+)
 def test_other_output_is_an_error_and_no_empty_cluster(output: str) -> None:
     with pytest.raises(OutlastError, match="qstat"):
         parse_jobs(output)
@@ -127,7 +133,9 @@ def test_a_node_that_is_down_is_the_watchers_until_it_has_seen_to_it() -> None:
     ],
     ids=["up-again", "a-persons", "still-down", "too-soon", "in-service"],
 )
-def test_only_what_the_watcher_took_away_is_put_back(facts: dict[str, object], again: tuple[str, ...]) -> None:
+def test_only_what_the_watcher_took_away_is_put_back(
+    facts: dict[str, object], again: tuple[str, ...]
+) -> None:
     facts = {"last_state_change_time": 1000, **facts}
     assert to_readmit(changed(NODES, "nodes", "n2", **facts), now=2000) == again
 
@@ -163,14 +171,18 @@ def test_a_silent_node_is_taken_out_of_service_and_its_jobs_are_queued_again(com
 def test_where_pbs_knows_a_node_to_be_down_its_jobs_are_left_to_it(commands: Path) -> None:
     (commands / "pbsnodes.out").write_text(changed(NODES, "nodes", "n2", state="down"))
     PbsScheduler().mark_down(["n2"], "no answer")
-    assert "qrerun" not in (commands / "calls").read_text(), "PBS would not run the job before the node is back"
+    assert "qrerun" not in (commands / "calls").read_text(), (
+        "PBS would not run the job before the node is back"
+    )
 
 
 def test_no_answer_and_a_no_are_told_apart(commands: Path) -> None:
     (commands / "qrerun.err").write_text("qrerun: Request invalid for state of job 0.ctl\n")
     with pytest.raises(SchedulerRefused, match="Request invalid"):
         PbsScheduler().requeue("0.ctl")
-    (commands / "qrerun.err").write_text("Connection refused\nqrerun: cannot connect to server ctl (errno=15010)\n")
+    (commands / "qrerun.err").write_text(
+        "Connection refused\nqrerun: cannot connect to server ctl (errno=15010)\n"
+    )
     with pytest.raises(SchedulerUnavailable, match="cannot connect"):
         PbsScheduler().requeue("0.ctl")
 

@@ -142,8 +142,15 @@ def stopped_child() -> Check:
     pid = child(linger)
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
-    # Of a dump one sees "t" for a moment: CRIU traces what it stops.
-    return lambda: Path(f"/proc/{pid}/stat").read_text().split()[2].upper()
+
+    def check() -> object:
+        # CRIU traces what it stops, and after a restore stops what was stopped: for a moment it is something else.
+        until = time.monotonic() + 5
+        while (state := Path(f"/proc/{pid}/stat").read_text().split()[2]) != "T" and time.monotonic() < until:
+            time.sleep(0.005)
+        return state
+
+    return check
 
 
 @kind

@@ -1,4 +1,5 @@
 /* Parent and child share memory, a semaphore and a queue of SysV; says "tick N ok" while all are there. */
+#include <errno.h>
 #include <stdio.h>
 #include <sys/ipc.h>
 #include <sys/msg.h>
@@ -30,7 +31,9 @@ int main(void)
 		struct sembuf down = { 0, -1, 0 };
 		struct msqid_ds facts;
 
-		semop(semaphore, &down, 1);
+		/* It is never restarted: see signal(7). */
+		while (semop(semaphore, &down, 1) < 0 && errno == EINTR)
+			;
 		msgctl(queue, IPC_STAT, &facts);
 		printf("tick %ld %s\n", n, one[0] > n && two[0] >= one[0] && one[1000] == 42 && facts.msg_qnum == 1
 			? "ok" : "wrong");

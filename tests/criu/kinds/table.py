@@ -179,6 +179,13 @@ REFUSED: tuple[Refused, ...] = (
         finding="io_uring",
         unfiltered=True,
     ),
+    Refused(
+        "inotify-without-handles",
+        EVENTS,
+        "inotify on file systems without file handles (overlayfs, some FUSE)",
+        said=r"fsnotify",
+        finding="",
+    ),
     Refused("message-queue", MEMORY, "POSIX message queues", said=r"Can't lookup mount", finding="message-queue"),
     Refused(
         "userfaultfd", MEMORY, "userfaultfd", said=r"Can't dump file|Unknown", finding="userfaultfd", root=True

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""A double of PBS's commands: qsub, qstat, qdel, qhold, qrls, qrerun, qsig, qmgr, pbsnodes and pbs_attach, by its name."""
+"""A double of PBS's commands, by the name that it is called by: qsub, qstat, pbsnodes, pbs_attach and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wire  # noqa: E402
+import wire
 
 
 def attach(words: list[str]) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wire  # noqa: E402
+import wire
 
 KILL_DELAY = 3.0
 SPOOL = wire.HOME / "spool"
@@ -128,7 +128,9 @@ class Task:
         status = -11 if self.rerun else status
         output = wire.run_hook(self.hook, "execjob_epilogue", self.lines(Exit_status=status))
         obit = {"obit": self.job["id"], "version": self.job["run_version"], "status": status, "spool": {}}
-        obit["spool"] = {path.suffix[1:]: path.read_text() for path in (self.stdout, self.stderr) if path.exists()}
+        obit["spool"] = {
+            path.suffix[1:]: path.read_text() for path in (self.stdout, self.stderr) if path.exists()
+        }
         if wire.value(output, "job._rerun") == "True":
             obit["status"] = -18
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -162,7 +164,13 @@ class Task:
         for line in CONFIG.read_text().splitlines():
             words = line.split()
             if words[:2] == ["$action", event]:
-                return max((self._script(words[3].removeprefix("!"), words[4:], number) for number in self._numbers()), default=1)
+                return max(
+                    (
+                        self._script(words[3].removeprefix("!"), words[4:], number)
+                        for number in self._numbers()
+                    ),
+                    default=1,
+                )
         return 1
 
     def _numbers(self) -> range:
@@ -170,7 +178,14 @@ class Task:
 
     def _script(self, program: str, words: list[str], number: int) -> int:
         known = {"%jobid": self.job["id"], "%taskid": f"{number:08X}", "%uid": str(self.user.pw_uid)}
-        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", program, *(known.get(word, word) for word in words)]
+        command = [
+            "sh",
+            "-c",
+            'exec "$@" <&- >&- 2>&-',
+            "sh",
+            program,
+            *(known.get(word, word) for word in words),
+        ]
         return subprocess.run(command, env={"HOME": "/root"}, cwd=self.user.pw_dir, check=False).returncode
 
 

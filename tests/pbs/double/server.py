@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wire  # noqa: E402
+import wire
 
 CYCLE = 0.3
 SLOTS = 2
@@ -31,7 +32,9 @@ class Server:
     def __init__(self, nodes: list[str]) -> None:
         self.lock = threading.RLock()
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.nodes = {name: {"down": 0.0, "offline": False, "comment": "", "changed": time.time()} for name in nodes}
+        self.nodes: dict[str, dict[str, Any]] = {
+            name: {"down": 0.0, "offline": False, "comment": "", "changed": time.time()} for name in nodes
+        }
         self.hook: dict[str, Any] = {}
         self.attributes = {"node_fail_requeue": "310"}
 
@@ -63,7 +66,7 @@ class Server:
         self._consult("queuejob", job)
         job["id"] = f"{number}.ctl"
         self.jobs[job["id"]] = job
-        return job["id"] + "\n"
+        return f"{job['id']}\n"
 
     def qstat(self, words: list[str], _request: dict[str, Any]) -> str:
         """Tell of jobs, as JSON; with -x of those, too, that have finished."""
@@ -85,8 +88,15 @@ class Server:
             return ""
         rows = {}
         for name, node in self.nodes.items():
-            state = [word for word, so in (("down", node["down"]), ("offline", node["offline"])) if so] or ["free"]
-            rows[name] = {"Mom": name, "Port": wire.MOM_PORT, "state": ",".join(state), "comment": node["comment"]}
+            state = [word for word, so in (("down", node["down"]), ("offline", node["offline"])) if so] or [
+                "free"
+            ]
+            rows[name] = {
+                "Mom": name,
+                "Port": wire.MOM_PORT,
+                "state": ",".join(state),
+                "comment": node["comment"],
+            }
             rows[name]["last_state_change_time"] = int(node["changed"])
         return json.dumps({"nodes": rows})
 
@@ -152,7 +162,14 @@ class Server:
         if kind == "server":
             return self._server_attribute(verb, rest)
         if verb == "create":
-            self.hook = {"name": rest[0], "events": [], "code": "", "config": "{}", "alarm": "30", "enabled": "true"}
+            self.hook = {
+                "name": rest[0],
+                "events": [],
+                "code": "",
+                "config": "{}",
+                "alarm": "30",
+                "enabled": "true",
+            }
             return ""
         if not self.hook:
             raise Refused("qmgr: hook error returned from server: hook not found")
@@ -167,8 +184,14 @@ class Server:
         elif verb == "delete":
             self.hook = {}
         elif verb == "list":
-            facts = {"event": ",".join(self.hook["events"]), "alarm": self.hook["alarm"], "enabled": self.hook["enabled"]}
-            return "Hook outlast\n" + "".join(f"    {name} = {text}\n" for name, text in facts.items() if name in rest)
+            facts = {
+                "event": ",".join(self.hook["events"]),
+                "alarm": self.hook["alarm"],
+                "enabled": self.hook["enabled"],
+            }
+            return "Hook outlast\n" + "".join(
+                f"    {name} = {text}\n" for name, text in facts.items() if name in rest
+            )
         return ""
 
     # --- what happens by itself -------------------------------------------------------------------------
@@ -255,7 +278,7 @@ class Server:
 
     def _options(self, words: list[str]) -> tuple[dict[str, str], bool]:
         options = {}
-        for flag, text in zip(words[:-1], words[1:], strict=True):
+        for flag, text in itertools.pairwise(words):
             if flag.startswith("-") and flag[1:] in FLAGS:
                 options[flag[1:]] = text
         return options, "-h" in words
@@ -325,7 +348,7 @@ def main(nodes: list[str]) -> None:
         try:
             with server.lock:
                 server.cycle()
-        except Exception:
+        except Exception:  # noqa: BLE001
             traceback.print_exc()  # into the log of the tests; the next cycle may go well
 
 

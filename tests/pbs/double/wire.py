@@ -44,7 +44,7 @@ def serve(port: int, handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None
         allow_reuse_address = True
         daemon_threads = True
 
-    Server(("0.0.0.0", port), Handler).serve_forever()
+    Server(("", port), Handler).serve_forever()
 
 
 def run_hook(hook: Mapping[str, Any], event: str, lines: list[str], alarm: float = 60) -> str:
@@ -61,7 +61,19 @@ def run_hook(hook: Mapping[str, Any], event: str, lines: list[str], alarm: float
         for file, text in (("hook.py", hook["code"]), ("hook.cf", hook["config"])):
             (work / file).write_text(text)
         (work / "in").write_text("\n".join([*lines, f"pbs.event().type={event}"]) + "\n")
-        command = [str(HERE / "pbs_python"), "--hook", "-i", "in", "-o", "out", "-L", "/var/log", "-e", "4095", "hook.py"]
+        command = [
+            str(HERE / "pbs_python"),
+            "--hook",
+            "-i",
+            "in",
+            "-o",
+            "out",
+            "-L",
+            "/var/log",
+            "-e",
+            "4095",
+            "hook.py",
+        ]
         environment = {
             "PATH": "/bin:/usr/bin",
             "PBS_HOOK_CONFIG_FILE": str(work / "hook.cf"),
@@ -71,7 +83,13 @@ def run_hook(hook: Mapping[str, Any], event: str, lines: list[str], alarm: float
         try:
             # MoM's hooks run under MoM's umask.
             subprocess.run(
-                command, cwd=work, env=environment, timeout=alarm, start_new_session=True, umask=0o077, check=False
+                command,
+                cwd=work,
+                env=environment,
+                timeout=alarm,
+                start_new_session=True,
+                umask=0o077,
+                check=False,
             )
             return (work / "out").read_text()
         except (OSError, subprocess.TimeoutExpired):

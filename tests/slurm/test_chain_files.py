@@ -1,0 +1,117 @@
+"""Files of a job that goes on elsewhere: all are as at its checkpoint; where that cannot be, policy decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import NODES, Cluster, Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+
+# Writes to a log that is closed between lines, to a file on the node's own disk, to one that is written in
+# place, and to shared memory, and compares all of them in each step.
+SCRIBE = """
+cat >scribe.py <<'END'
+import mmap, os, time
+here = open("/tmp/scribe-%s" % os.environ["SLURM_JOB_ID"], "w+b", 0)
+index = open("index", "w+b", 0)
+segment = open("/dev/shm/scribe-%s" % os.environ["SLURM_JOB_ID"], "w+b", 0)
+segment.truncate(4096)
+memory = mmap.mmap(segment.fileno(), 4096)
+for step in range(30):
+    line = b"%d\\n" % step
+    here.write(line)
+    memory[:8] = index_now = b"%08d" % step
+    os.pwrite(index.fileno(), index_now, 0)
+    with open("steps.log", "ab") as log:
+        log.write(line)
+    lines = b"".join(b"%d\\n" % one for one in range(step + 1))
+    right = [
+        os.pread(here.fileno(), 1 << 20, 0) == lines, os.pread(index.fileno(), 99, 0) == index_now,
+        memory[:8] == index_now, os.pread(segment.fileno(), 8, 0) == index_now,
+        open("steps.log", "rb").read() == lines,
+    ]
+    print(step, *right, flush=True)
+    time.sleep(0.4)
+for file in (here, segment):
+    os.unlink(file.name)
+END
+exec python3 scribe.py
+"""
+
+
+def leave(cluster: Cluster, job: Job) -> str:
+    """Have *job* go on from its checkpoints on another node; return which it left."""
+    node = job.node
+    cluster.on("ctl", "scontrol", "requeue", job.id)
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", f"ExcNodeList={node}", "StartTime=now")
+    return node
+
+
+def test_files_of_every_kind_go_with_a_job_to_another_node(cluster: Cluster) -> None:
+    job = cluster.submit(SCRIBE, "--export=ALL,OUTLAST_APPEND=*.log", checkpoint="2s")
+    job.wait_for("checkpoint", count=2, within=60)
+    node = leave(cluster, job)
+    restored = job.wait_for("restored", within=60)
+
+    assert restored.node != node
+    assert job.wait_for_end(within=90) == ("COMPLETED", "0:0")
+    lines = [line for line in job.lines() if not line.startswith("slurmstepd")]
+    assert lines == [f"{step} True True True True True" for step in range(30)]
+    assert job.path("steps.log").read_text() == "".join(f"{step}\n" for step in range(30))
+
+
+# Its two checkpoints are of no use any more when its file is gone.
+KEEPER = """
+exec 5>>kept
+echo "run ${SLURM_RESTART_COUNT:-0}"
+echo x >&5
+while :; do sleep 0.2; done
+"""
+
+
+@pytest.fixture
+def settings(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with a policy to begin such jobs again on all nodes."""
+    path = "/etc/outlast/outlast.toml"
+    for node in NODES:
+        cluster.on(node, "cp", path, f"{path}.before")
+        cluster.on(node, "sh", "-c", f"printf '\\n[restart]\\nwhen_unrestorable = \"fresh\"\\n' >>{path}")
+    try:
+        yield cluster
+    finally:
+        for node in NODES:
+            cluster.on(node, "mv", f"{path}.before", path)
+
+
+def test_job_none_of_whose_checkpoints_can_be_used_is_held_and_its_files_are_named(cluster: Cluster) -> None:
+    job = cluster.submit(KEEPER)
+    job.wait_for("checkpoint", count=2, within=60)
+    job.path("kept").unlink()
+    job.requeue()
+    failed = job.wait_for("restore-failed", count=2, within=60)
+
+    assert f"{job.directory}/kept: No such file or directory" in failed.text
+    assert job.wait_for_end(within=60) == ("FAILED", "70:0")
+    assert "run 1" not in job.lines()
+    listed = cluster.on("ctl", "outlast", "list", job.id, user=True).splitlines()
+    assert len(listed) == 3
+
+
+def test_job_none_of_whose_checkpoints_can_be_used_begins_again_where_that_is_the_policy(
+    settings: Cluster,
+) -> None:
+    job = settings.submit(KEEPER)
+    job.wait_for("checkpoint", count=2, within=60)
+    job.path("kept").unlink()
+    job.requeue()
+    begun = job.wait_for("begun-again", within=60)
+
+    assert f"{job.id}@0." in begun.text
+    job.wait_for("checkpoint", count=5, within=60)
+    assert job.lines()[-1] == "run 1"
+    # The newest that could not be used is kept for whoever wants to know why.
+    assert f"{job.id}@0." in settings.on("ctl", "outlast", "list", job.id, user=True)
+    job.cancel()
