@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
 from criu_backend._criu import Criu, CriuError, error_from_log
-from criu_backend._explain import Finding, explain
-from criu_backend._images import pycriu_version
+from criu_backend._explain import Finding, explain, way_out
+from criu_backend._images import opened_files, pycriu_version
 from criu_backend._memory import Memory, put_back
 from criu_backend._postcopy import PageServer, write_eager_pages
 from criu_backend._result import DumpResult
@@ -26,10 +26,12 @@ __all__ = [
     "error_from_log",
     "explain",
     "known_self_test",
+    "opened_files",
     "put_back",
     "pycriu_version",
     "restore_capsule",
     "self_test",
     "start_capsule",
+    "way_out",
     "write_eager_pages",
 ]

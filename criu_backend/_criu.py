@@ -282,6 +282,7 @@ class Criu:
         tcp: str = "established",
         inherit: Sequence[tuple[int, str]] = (),
         pages: PageServer | None = None,
+        stopped: bool = False,
     ) -> Capsule:
         """Bring the tree in *images* back to life in a capsule of its own, in the place of *context*.
 
@@ -292,6 +293,7 @@ class Criu:
                 file of the tree, in CRIU's words, such as (1, "pipe:[4711]").
             pages: the tree runs at once, and gets its pages from this server afterwards; *images* must stay
                 until `pages` is complete. Should that fail, the capsule ends.
+            stopped: leave all processes of the tree stopped: none of them runs an instruction.
 
         Raises:
             CriuError: it did not work; nothing is left running. CapsuleError likewise, before CRIU ran.
@@ -323,6 +325,8 @@ class Criu:
         ]
         for fd, what in inherit:
             command += ["--inherit-fd", f"fd[{INHERITED_STDIO + fd}]:{what}"]
+        if stopped:
+            command.append("--leave-stopped")
         pager = None
         if pages is not None:
             command.append("--lazy-pages")

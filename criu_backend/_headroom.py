@@ -47,6 +47,7 @@ class Headroom:
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = list(pids)
         self._groups = _memory_groups(self._pids[0]) if self._pids else []
+        self._last_free: int | None = None
 
     def shortage(self) -> str | None:
         """Return why there is no room for twins, or None where there is."""
@@ -58,9 +59,16 @@ class Headroom:
         return None
 
     def is_short(self) -> bool:
-        """Return whether twins must end now, before the kernel ends something of the job."""
+        """Return whether twins must end now, before the kernel ends something of the job.
+
+        To be asked at even intervals: what was taken since the last time may be taken twice over by the next.
+        """
         free = self._free()
-        return free is not None and free[0] < min(int(free[1] * _SHARE_TO_GO_ON), _MOST_TO_GO_ON)
+        if free is None:
+            return False
+        taken = max(self._last_free - free[0], 0) if self._last_free is not None else 0
+        self._last_free = free[0]
+        return free[0] < min(int(free[1] * _SHARE_TO_GO_ON), _MOST_TO_GO_ON) + 2 * taken
 
     def _free(self) -> tuple[int, int] | None:
         """Return (bytes free, of how many) where it is tightest."""

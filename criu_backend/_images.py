@@ -6,7 +6,9 @@ an error. So a pycriu whose version is not the images' is refused.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,18 @@ def statistics(images: Path) -> dict[str, Any]:
     """Return what CRIU measured of the dump in *images*: times in microseconds (frozen_time), pages."""
     measured: dict[str, Any] = entries(images / "stats-dump")[0]["dump"]
     return measured
+
+
+def opened_files(images: Path) -> list[tuple[str, int, int]]:
+    """Return path, size (bytes) and mode of each regular file that the tree in *images* has open or mapped."""
+    found = []
+    for entry in entries(images / "files.img"):
+        if "reg" in entry:
+            regular = entry["reg"]
+            path = regular["name"]
+            path = os.fsdecode(path) if isinstance(path, bytes) else path
+            found.append((path, int(regular.get("size", 0)), stat.S_IMODE(int(regular.get("mode", 0o644)))))
+    return found
 
 
 def highest_pid(images: Path) -> int:

@@ -90,7 +90,7 @@ class Twin:
 class Keeper:
     """Keeps *twins* alive until it is closed, and ends them then, or as soon as *must_end* says so."""
 
-    def __init__(self, twins: Sequence[Twin], must_end: Callable[[], bool], seconds: float = 0.5) -> None:
+    def __init__(self, twins: Sequence[Twin], must_end: Callable[[], bool], seconds: float = 0.1) -> None:
         self._twins = list(twins)
         self._must_end = must_end
         self._seconds = seconds

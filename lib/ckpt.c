@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 enum { TICKET = 64, REPLY = 4096, CONNECT_SECONDS = 10, EX_USAGE = 64 };
-enum { FIRST_WAIT_NS = 1000000, LONGEST_WAIT_NS = 50000000 };
+enum { FIRST_WAIT_NS = 1000000, LONGEST_WAIT_NS = 50000000, WITHOUT_NS = 2000000000, IDENTITY = 128 };
 
 struct hook {
 	void (*before)(void *data);
@@ -135,17 +135,48 @@ static int ask(const char *directory, char run[TICKET], char number[TICKET])
 	return outlast_fail("%s", member(reply, "error", why, sizeof(why)) ? why : "the job's manager gave no answer");
 }
 
+/* A text that tells one capsule from every other: when the host was booted, and when the capsule's init began. */
+static void capsule(char *text, size_t size)
+{
+	char boot[64] = "", stat[512] = "";
+	FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+
+	if (file != NULL) {
+		if (fgets(boot, sizeof(boot), file) == NULL)
+			boot[0] = '\0';
+		fclose(file);
+	}
+	if ((file = fopen("/proc/1/stat", "re")) != NULL) {
+		if (fgets(stat, sizeof(stat), file) == NULL)
+			stat[0] = '\0';
+		fclose(file);
+	}
+	const char *begun = strrchr(stat, ')');
+	for (int field = 2; begun != NULL && field < 22; field++)
+		begun = strchr(begun + 1, ' ');
+	snprintf(text, size, "%s %.20s", boot, begun != NULL ? begun : "");
+}
+
 /* Waits for what becomes of the request: 0, 1 or -1 as outlast_ckpt(). */
-static int await(const char *directory, const char *run, const char *number)
+static int await(const char *directory, const char *run, const char *number, const char *before)
 {
 	struct timespec wait = { .tv_nsec = FIRST_WAIT_NS };
-	char now[TICKET], said[REPLY], name[TICKET + 8];
+	char now[TICKET], said[REPLY], name[TICKET + 8], here_now[IDENTITY];
+	long without = 0;
 
 	snprintf(name, sizeof(name), "calls/%s", number);
 	for (;;) {
 		int here = read_link(directory, "run", now, sizeof(now));
 		if (here && strcmp(now, run) != 0)
 			return 1;
+		/* Restored as another job, of which nobody here knows by the old name. */
+		without = here ? 0 : without + wait.tv_nsec;
+		if (without > WITHOUT_NS) {
+			capsule(here_now, sizeof(here_now));
+			if (strcmp(here_now, before) != 0)
+				return 1;
+			without = 0;
+		}
 		int answered = read_link(directory, name, said, sizeof(said));
 		if (here && !(answered && strcmp(said, "pending") == 0) &&
 		    read_link(directory, "run", now, sizeof(now)) && strcmp(now, run) == 0) {
@@ -176,7 +207,7 @@ int outlast_active(void)
 int outlast_ckpt(void)
 {
 	const char *directory = job_directory();
-	char run[TICKET], number[TICKET];
+	char run[TICKET], number[TICKET], before[IDENTITY];
 
 	outlast_no_error();
 	if (directory == NULL)
@@ -187,9 +218,10 @@ int outlast_ckpt(void)
 	}
 	for (struct region *region = regions; region != NULL; region = region->next)
 		madvise(region->begin, region->length, MADV_DONTNEED);
+	capsule(before, sizeof(before));
 	int result = ask(directory, run, number);
 	if (result == 1)
-		result = await(directory, run, number);
+		result = await(directory, run, number, before);
 	for (struct hook *hook = first_hook; hook != NULL; hook = hook->next) {
 		if (hook->after != NULL)
 			hook->after(result == 1, hook->data);

@@ -1,6 +1,6 @@
 """ckpt() for programs in Python: checkpoint this job at this point. Uses only what Python brings itself.
 
-Source: docs/man/outlast_ckpt.3; the same in C is lib/liboutlast.c.
+Source: lib/man/outlast_ckpt.3; the same in C is lib/liboutlast.c.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 _VARIABLE = "OUTLAST_JOB"
 _CONNECT_SECONDS = 10.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.05  # seconds between two looks
+_WITHOUT_SECONDS = 2.0
 _PENDING = "pending"
 
 _before: list[Callable[[], object]] = []
@@ -63,16 +64,24 @@ def ckpt() -> bool:
 
 
 def _ckpt(directory: str) -> bool:
+    before = _capsule()
     ticket = _ask(directory)
     if ticket is None:
         return False
     run, number = ticket
     wait = _FIRST_WAIT
+    without = 0.0
     while True:
         # One system call for each look: there is no open file that would have to be there after a restore.
         now = _link(directory, "run")
         if now not in (None, run):
             return True
+        # Restored as another job, of which nobody here knows by the old name?
+        without = 0.0 if now is not None else without + wait
+        if without > _WITHOUT_SECONDS:
+            if _capsule() != before:
+                return True
+            without = 0.0
         said = _link(directory, "calls", number)
         if now is not None and said != _PENDING and _link(directory, "run") == run:
             if said is not None and said.startswith("done "):
@@ -101,6 +110,12 @@ def _ask(directory: str) -> tuple[str, str] | None:
     if reply.get("exit_code") == os.EX_USAGE:
         return None
     raise CheckpointFailed(str(reply["error"]))
+
+
+def _capsule() -> tuple[str, str]:
+    """Return what tells one capsule from every other: when the host was booted, and when the capsule's init began."""
+    with open("/proc/sys/kernel/random/boot_id") as boot, open("/proc/1/stat") as init:
+        return boot.read(), init.read().rpartition(")")[2].split()[19]
 
 
 def _link(*path: str) -> str | None:

@@ -19,7 +19,7 @@ from outlast import control, storekeeper
 from outlast.config import DEFAULT_PATH, Config, read_config
 from outlast.control import Peer
 from outlast.errors import ConfigError, OutlastError, UsageError
-from outlast.model import parse_checkpoint_name, parse_interval
+from outlast.model import JobKey, parse_checkpoint_name, parse_interval
 
 _EXIT_CODES = """\
 exit codes:
@@ -124,7 +124,19 @@ def _events(args: argparse.Namespace) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
-    """Take a checkpoint of a running job now, and wait until it is in the store."""
+    """Take a checkpoint of a running job now, and wait until it is in the store.
+
+    With --pid, of a process that Outlast did not start, and of all below it: as root, and only if it leads a
+    session and has no terminal. 'outlast recover' starts it again.
+    """
+    if args.pid is not None:
+        from outlast import foreign
+
+        name = foreign.checkpoint(_config(args), args.pid, args.job or f"pid-{args.pid}")
+        _print_json({"name": name}) if args.json else print(name)
+        return
+    if args.job is None:
+        raise UsageError("checkpoint: of what?", hint="name a job, or with --pid a process")
     manager = _RUNTIME / args.job / "manager.sock"
     if manager.exists():
         _checkpoint_here(args, manager)
@@ -258,6 +270,19 @@ def _make_key(path: Path) -> None:
         print(f"outlast: made {path}: keep a copy, without it no checkpoint can be read", file=sys.stderr)
 
 
+def _recover(args: argparse.Namespace) -> None:
+    """Start a checkpoint on this machine, as its owner, and go on taking checkpoints. Needs root, as CRIU does."""
+    from outlast import foreign, hooks
+
+    parse_interval(args.interval)
+    if os.geteuid() != 0:
+        raise UsageError("recover: CRIU needs root", hint="run it with sudo")
+    config = _config(args)
+    name = args.name or f"recover-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+    uid, argv = foreign.adopt(config, args.checkpoint, name)
+    hooks.run_standalone(args.config, config.store.url, name, args.interval, argv, first=False, uid=uid)
+
+
 def _manager(args: argparse.Namespace) -> None:
     """Serve one job on this node (started by hooks and by 'run')."""
     from outlast.manager import Manager
@@ -361,6 +386,24 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _verify(args: argparse.Namespace) -> None:
+    """Restore a checkpoint in a sandbox on this node, to see that it can be, and end it at once.
+
+    For root on a node. The job is not touched, whether it runs or not.
+    """
+    from outlast.verify import verify
+
+    job_id, id_ = parse_checkpoint_name(args.checkpoint)
+    config = _config(args)
+    found = verify(config, JobKey(config.cluster, job_id), id_)
+    if args.json:
+        _print_json(found)
+    elif found["ok"]:
+        print(f"{args.checkpoint}: {found['processes']} processes came up after {found['seconds']:.1f} s")
+    if not found["ok"]:
+        raise OutlastError(f"{args.checkpoint}: does not come up on this node: {found['why']}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outlast",
@@ -392,8 +435,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, run in (("status", _status), ("list", _list), ("events", _events), ("checkpoint", _checkpoint)):
         sub = verb(name, run)
         sub.add_argument("--json", action="store_true", help="print one JSON value")
+        if name == "checkpoint":
+            sub.add_argument("--pid", metavar="PID", help="of this process and all below it; then JOB is its name")
         if name != "status":
-            sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
+            more = {"nargs": "?"} if name == "checkpoint" else {}
+            sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17", **more)
     for name, run in (("migrate", _migrate), ("hold", _hold), ("release", _release)):
         sub = verb(name, run)
         sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
@@ -405,12 +451,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("explain", _explain)
     sub.add_argument("--json", action="store_true", help="print one JSON value")
     sub.add_argument("job", metavar="JOB|PID", help="a job on this node, or as root any process")
+    sub = verb("recover", _recover)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as 17@1.4, or 17 for the newest of job 17")
+    sub.add_argument("--name", help="the name of the job that it becomes")
+    sub.add_argument("--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h")
     sub = verb("run", _run)
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
     )
     sub.add_argument("--name", help="the job's name, under which it goes on when it is run again")
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGUMENT...]")
+    sub = verb("verify", _verify)
+    sub.add_argument("--json", action="store_true", help="print one JSON value")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="its name, such as 17@1.4")
     verb("doctor", _doctor).add_argument("--json", action="store_true", help="print one JSON value")
     verb("watcher", _watcher)
     sub = verb("launcher", _launcher)

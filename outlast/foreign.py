@@ -44,6 +44,32 @@ def findings(text: str) -> list[dict[str, Any]]:
     return [as_dictionary(one) for one in explain(tree.tasks(), tree.init_pid)]
 
 
+def adopt(config: Config, checkpoint: str, name: str) -> tuple[int, list[str]]:
+    """Make checkpoint *checkpoint*, of whatever job, the first one of the job *name*; return its owner and argv.
+
+    *checkpoint* may be a job alone, for its newest. Both share what they have in the store.
+
+    Raises:
+        UsageError: there is no such checkpoint, or there is a job *name* already.
+    """
+    job = JobKey(config.cluster, checkpoint.partition("@")[0])
+    mine = JobKey(config.cluster, name)
+    with open_store(config.store) as store, tempfile.TemporaryDirectory(prefix="outlast-", dir="/run") as spool:
+        if store.get_record(mine, "start") is not None:
+            raise UsageError(f"recover: there is a job {name} already", hint="choose another --name")
+        named = (one for one in store.checkpoints(job) if checkpoint in (job.job_id, one.id.name(job.job_id)))
+        found = next(named, None)
+        if found is None:
+            raise UsageError(f"{checkpoint}: no such checkpoint", hint=f"'outlast list {job.job_id}' shows what there is")
+        images = Path(spool, "images")
+        store.fetch(job, found.id, images)
+        meta = {**found.meta, "epoch": 0, "seq": 1}
+        record = {"uid": meta["uid"], "argv": meta["argv"], "interval": 0, "node": meta["node"], "epoch": 0}
+        store.put_record(mine, "start", {**record, "time": time.time(), "files": []})
+        store.publish(mine, CheckpointId(0, 1), images, meta)
+        return int(meta["uid"]), list(meta["argv"])
+
+
 def checkpoint(config: Config, text: str, name: str) -> str:
     """Store a checkpoint of the process *text* and all below it under the job's name *name*; return its name.
 

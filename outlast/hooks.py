@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -166,9 +167,16 @@ HOOKS: Mapping[str, Callable[[Path], None]] = {
 
 
 def run_standalone(
-    config: Path, store_url: str, name: str, interval: str, command: Sequence[str], *, first: bool
+    config: Path,
+    store_url: str,
+    name: str,
+    interval: str,
+    command: Sequence[str],
+    *,
+    first: bool,
+    uid: int | None = None,
 ) -> None:
-    """Start the manager of a job without a scheduler, and become the job's shim. Does not return.
+    """Start the manager of a job without a scheduler, and become the job's shim, as user *uid*. Does not return.
 
     Raises:
         UsageError: a job of that name is running.
@@ -184,6 +192,11 @@ def run_standalone(
         if time.monotonic() > deadline:
             raise OutlastError("run: the manager did not start", hint=f"its log is {_LOGS / name}.log")
         time.sleep(0.02)
+    if uid is not None and uid != os.geteuid():
+        owner = pwd.getpwuid(uid)
+        os.initgroups(owner.pw_name, owner.pw_gid)
+        os.setgid(owner.pw_gid)
+        os.setuid(uid)
     shim = [str(_SHIM), "--interval", interval, "--manager", str(directory), "--", *command]
     os.execv(shim[0], shim)  # noqa: S606
 

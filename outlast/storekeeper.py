@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,8 @@ def _check(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     Ends with exit code 74 if one is damaged.
     """
+    from outlast.store import KeyMissing
+
     good, pages = [], 0
     damaged = []
     with _opened(config) as store:
@@ -96,7 +99,7 @@ def _check(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 name = id.name(job.job_id)
                 try:
                     pages += store.verify(job, id, read_data=args.read_data)
-                except CorruptCheckpoint as error:
+                except (CorruptCheckpoint, KeyMissing) as error:
                     damaged.append({"checkpoint": name, "why": str(error)})
                 except UsageError:
                     continue  # forgotten meanwhile
@@ -137,10 +140,15 @@ def _prune(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _stats(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Show what each job has in the store."""
+    from outlast.store import KeyMissing
+
     rows: list[dict[str, Any]] = []
     with _opened(config) as store:
         for job in store.jobs(config.cluster):
-            usage, found = store.usage(job), store.checkpoints(job)
+            usage, found = store.usage(job), []
+            # Of a foreign key there is nothing to tell but the room that it takes.
+            with contextlib.suppress(KeyMissing):
+                found = store.checkpoints(job)
             rows.append(
                 {
                     "job": job.job_id,

@@ -18,13 +18,14 @@ import filecmp
 import itertools
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ci.bench import CHECKOUT, Bench
+from ci.bench import CHECKOUT, Bench, end_on_signals
 from ci.bench import _store_images as images
 from ci.bench import _store_server as servers
 from ci.bench import _store_tools as tools
@@ -94,6 +95,9 @@ def _get_images(bench: Bench, into: Path) -> None:
     else:
         with bench.testbed() as bed:
             images.dump(bed, into, bench.say)
+        # The cluster's end is not to be interrupted; what follows is.
+        end_on_signals()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if given.keep_images:
         shutil.copytree(into, given.keep_images, dirs_exist_ok=True)
 

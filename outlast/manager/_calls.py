@@ -2,7 +2,7 @@
 
 While it waits it may hold nothing that CRIU cannot dump, so no connection to its manager: it looks at symbolic
 links in the directory that $OUTLAST_JOB names. `run` there is another text for each run of the job, which is how
-the restored process knows; `calls/N` is what became of its request. See docs/man/outlast_ckpt.3.
+the restored process knows; `calls/N` is what became of its request. See lib/man/outlast_ckpt.3.
 """
 
 from __future__ import annotations

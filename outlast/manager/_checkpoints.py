@@ -15,6 +15,7 @@ from typing import Any
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult
 from outlast.config import Config
 from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
+from outlast.manager._cpu import features
 from outlast.manager._events import EventLog
 from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
@@ -259,6 +260,7 @@ class Checkpointer:
             "criu": result.criu_version,
             "kernel": os.uname().release,
             "machine": os.uname().machine,
+            "cpu": features(),
             "files": files,
             "passed": run.passed,
         }
@@ -267,7 +269,11 @@ class Checkpointer:
         """Tell what a restore has to set back, while the job stands still; under PBS some go with it."""
         run, mom = self._run, self._run.mom
         kept = [] if mom is None else mom.keep(capsule.tasks(), images, run.uid)
-        elsewhere = (lambda _: False) if mom is None else mom.kept_here
+
+        def elsewhere(path: str) -> bool:
+            # CRIU's code inside the tasks has its log open, and may still.
+            return Path(path).is_relative_to(images) or (mom is not None and mom.kept_here(path))
+
         files = save(capsule.tasks(), images, run.uid, self._config.checkpoint, elsewhere)
         have = {entry["path"] for entry in files}
         appended = [one for one in declared(run.workdir, run.globs, run.uid) if one.get("path") not in have]
@@ -292,7 +298,7 @@ class Checkpointer:
                 break
             except StoreRefused:
                 # Older checkpoints make room for this one; the newest stays until it is there.
-                if not store.forget(self._run.job, 1):
+                if not self._launcher.settled or not store.forget(self._run.job, 1):
                     raise
             except StoreUnavailable as error:
                 if not told:

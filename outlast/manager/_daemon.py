@@ -27,6 +27,7 @@ from outlast.control import Peer
 from outlast.errors import ConfigError, LeaseLost, OutlastError, UsageError
 from outlast.manager._calls import Calls
 from outlast.manager._checkpoints import Checkpointer
+from outlast.manager._cpu import UnfitNode
 from outlast.manager._events import EventLog
 from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
@@ -36,7 +37,7 @@ from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, 
 from outlast.manager._mom import Mom
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
-from outlast.model import JobKey, Lease, parse_interval
+from outlast.model import JobKey, JobState, Lease, parse_interval
 from outlast.scheduler import Witness
 from outlast.scheduler.pbs import PbsScheduler
 from outlast.scheduler.slurm import SlurmScheduler
@@ -218,6 +219,8 @@ class Manager:
         match error:
             case ShimGone():
                 self._events.add("cancelled", str(error))
+            case UnfitNode() if self._go_elsewhere():
+                self._events.add("unfit-node", f"{error}; the job is queued for another node")
             case OutlastError():
                 self._events.add("not-started", str(error))
                 if self._mom is not None and error.exit_code in (os.EX_TEMPFAIL, os.EX_SOFTWARE):
@@ -231,6 +234,32 @@ class Manager:
                 self._events.add("no-capsule", f"internal fault: {error!r}")
                 shim.run_without(f"internal fault: {error!r}")
         self._end(None)
+
+    def _go_elsewhere(self) -> bool:
+        """Have the scheduler queue the job again, for any node but this; return whether it does."""
+        scheduler = self._scheduler
+        if not isinstance(scheduler, SlurmScheduler):
+            return False
+        try:
+            job = scheduler.job(self._job.job_id)
+            if job is None or not job.requeueable:
+                return False
+            scheduler.requeue(job.handle)
+        except OutlastError as error:
+            log.warning("the job cannot be queued for another node: %s", error)
+            return False
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OutlastError):
+                now = scheduler.job(self._job.job_id)
+                # Until the scheduler has cleared up after this run it changes nothing of the next.
+                if now is None or (now.state is JobState.PENDING and "COMPLETING" not in now.raw_state):
+                    if now is not None:
+                        scheduler.exclude([now.handle], [*now.excluded, self._node], at_once=True)
+                    return True
+            time.sleep(_POLL_SECONDS)
+        log.warning("the job is queued again, but not kept away from this node")
+        return True
 
     def _launch(self, shim: Shim) -> None:
         if self._uid is not None and shim.peer.uid != self._uid:

@@ -9,7 +9,7 @@ from typing import Any
 
 from criu_backend import Finding, explain
 from outlast.manager._events import EventLog
-from outlast.manager._launch import Run
+from outlast.manager._run import Run
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
 from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
 from outlast.manager._calls import VARIABLE
+from outlast.manager._cpu import UnfitNode
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
 from outlast.manager._restore import Restorer
@@ -195,14 +196,18 @@ class Launcher:
                 self._set_back_to(start, run, shim)
             return self._begin(run, shim)
         checkpoints = _wanted(store.checkpoints(run.job), store.get_record(run.job, "restart"))
+        unfit: UnfitNode | None = None
         for checkpoint in checkpoints:
             try:
                 return self._restorer.restore(run, shim, store, checkpoint, whole=whole)
             except (StoreUnavailable, ShimGone):
                 raise
             except (OutlastError, CriuError, CapsuleError) as error:
+                unfit = error if isinstance(error, UnfitNode) else unfit
                 name = checkpoint.id.name(run.job.job_id)
                 self._events.add("restore-failed", f"{name}: {error}", checkpoint=name)
+        if unfit is not None:
+            raise unfit
         start = store.get_record(run.job, "start")
         if checkpoints:
             newest = checkpoints[0].id.name(run.job.job_id)

@@ -12,6 +12,7 @@ from typing import Any
 from criu_backend import Capsule, Criu, PageServer, write_eager_pages
 from outlast.config import Config
 from outlast.errors import StoreUnavailable
+from outlast.manager._cpu import require
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through
 from outlast.manager._run import Run, keep_log
@@ -82,6 +83,7 @@ class Restorer:
             OutlastError, CriuError, CapsuleError: it does not run; nothing is left of it.
         """
         name = checkpoint.id.name(run.job.job_id)
+        require(checkpoint.meta.get("cpu", ()), name)
         images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}"
         shutil.rmtree(images, ignore_errors=True)
         begin = time.monotonic()

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from outlast.config import StoreConfig
 from outlast.errors import ConfigError
 from outlast.store._backend import Backend
-from outlast.store._keys import Keyring, add_key, read_keyring
+from outlast.store._keys import KeyMissing, Keyring, add_key, read_keyring
 from outlast.store._local import LocalBackend
 from outlast.store._reader import Stored
 from outlast.store._retention import Policy
@@ -16,7 +16,18 @@ from outlast.store._source import Memory
 from outlast.store._store import Store
 from outlast.store._upkeep import Pruned, Usage
 
-__all__ = ["Memory", "Policy", "Pruned", "Store", "Stored", "Usage", "add_key", "open_store", "read_keyring"]
+__all__ = [
+    "KeyMissing",
+    "Memory",
+    "Policy",
+    "Pruned",
+    "Store",
+    "Stored",
+    "Usage",
+    "add_key",
+    "open_store",
+    "read_keyring",
+]
 
 _FORMS = "write sftp://USER@HOST/DIR, sftp://USER@HOST:PORT/DIR or file:///DIR"
 

@@ -189,7 +189,10 @@ class Store:
         From the trash, which is not looked into by anybody else, things go for good after *grace* seconds;
         until then a rename brings them back. Nobody is kept waiting, and nothing locked.
         """
-        held = frozenset(view.lease.job for view in self.leases(cluster))
+
+        def held() -> list[JobKey]:
+            return [view.lease.job for view in self.leases(cluster)]
+
         return self._upkeep.prune(cluster, held, ended=ended, lost=lost, grace=grace)
 
     # --- records ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from outlast.errors import OutlastError
@@ -61,14 +61,17 @@ class Upkeep:
         return Usage(sum(entry.size for entry in files), max(0.0, idle))
 
     def prune(
-        self, cluster: str, held: frozenset[JobKey], *, ended: float, lost: float, grace: float
+        self, cluster: str, held: Callable[[], Iterable[JobKey]], *, ended: float, lost: float, grace: float
     ) -> Pruned:
-        """See `Store.prune`. *held*: jobs that have a lease."""
+        """See `Store.prune`. *held* tells which jobs have a lease now."""
         now = self._backend.clock()
         trashed = []
         for entry in self._backend.list(f"jobs/{cluster}"):
             name = f"jobs/{cluster}/{entry.name}"
-            if not entry.is_directory or not self._is_over(cluster, entry.name, held, ended, lost):
+            # Asked last and each time: a job may begin to go on at any moment.
+            if not entry.is_directory or not self._is_over(cluster, entry.name, ended, lost):
+                continue
+            if JobKey(cluster, entry.name) in held():
                 continue
             trashed += self._put_away(name, now)
         for entry in self._backend.list(f"retired/{cluster}"):
@@ -82,12 +85,12 @@ class Upkeep:
                 removed.append(f"trash/{cluster}/{entry.name}")
         return Pruned(tuple(trashed), tuple(removed))
 
-    def _is_over(self, cluster: str, job_id: str, held: frozenset[JobKey], ended: float, lost: float) -> bool:
+    def _is_over(self, cluster: str, job_id: str, ended: float, lost: float) -> bool:
         try:
             job = JobKey(cluster, job_id)
         except OutlastError:
             return False  # not made by a store, so nothing that it may remove
-        if job in held or self.pins(job):
+        if self.pins(job):
             return False
         has_ended = self._backend.entry(f"{_job(job)}/records/ended.json") is not None
         return self.usage(_job(job)).idle > (ended if has_ended else lost)

@@ -39,7 +39,9 @@ PACK_SIZE = 64 << 20  # bytes, at which a pack is full: what an interrupted uplo
 # A pack of whose pages the newest checkpoint needs less than this is not referred to again, so that it
 # can go with the older checkpoints: what is still needed of it is shipped once more.
 _LIVE_SHARE = 0.4
-_MOST_PACKS = 200  # of one checkpoint; above it the smallest are shipped again as one
+# Of packs of which less than a 32nd of a full one is needed, a checkpoint has so many at most; beyond it what
+# is needed of the smallest is shipped again, as one.
+_MOST_SMALL = 200
 
 
 class Known:
@@ -82,9 +84,9 @@ class Known:
         live_pages = np.bincount(self.frames[:, 0], live, count)
         all_pages = np.bincount(self.frames[:, 0], self.frames[:, 4], count)
         keep = live_pages >= _LIVE_SHARE * all_pages
-        if keep.sum() > _MOST_PACKS:
-            largest = np.argsort(np.where(keep, -live_pages, 0), kind="stable")
-            keep[largest[_MOST_PACKS // 2 :]] = False
+        small = np.flatnonzero(keep & (live_pages < PACK_SIZE // (32 * PAGE)))
+        if len(small) > _MOST_SMALL:
+            keep[small[np.argsort(live_pages[small], kind="stable")][: len(small) // 2]] = False
         wanted = keep[self.frames[:, 0]]
         self.table.keep(wanted)
         self.frames = self.frames[wanted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from outlast.config import Config
@@ -73,6 +74,28 @@ class Snapshot:
     probes: Mapping[str, Probe]
     done: tuple[Done, ...]
     quiet: Mapping[Lease, float] = field(default_factory=dict)
+
+    @cached_property
+    def done_for(self) -> Mapping[str, list[Done]]:
+        """What was done for each job, the oldest first."""
+        found: dict[str, list[Done]] = {}
+        for one in self.done:
+            found.setdefault(one.run.job_id, []).append(one)
+        return found
+
+    @cached_property
+    def node_named(self) -> Mapping[str, SchedulerNode]:
+        """The nodes by name."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def quiet_at(self) -> Mapping[str, float]:
+        """For how long nothing was heard of any manager on each node."""
+        found: dict[str, float] = {}
+        for view in self.leases:
+            quiet = self.quiet.get(view.lease, 0.0)
+            found[view.lease.node] = min(found.get(view.lease.node, quiet), quiet)
+        return found
 
 
 @dataclass(frozen=True)
@@ -253,13 +276,10 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     quiet, silent = snapshot.quiet.get(lease, 0.0), config.watcher.silent
     if quiet <= silent:
         return Leave(run, "its manager is heard")
-    around = min(
-        snapshot.quiet.get(view.lease, 0.0) for view in snapshot.leases if view.lease.node == lease.node
-    )
-    if around <= silent:
+    if snapshot.quiet_at[lease.node] <= silent:
         # Another manager there is heard, so the machine lives.
         return Leave(run, "manager silent, node alive", "manager-silent" if quiet > config.lease.ttl else "")
-    node = next((node for node in snapshot.nodes if node.name == lease.node), None)
+    node = snapshot.node_named.get(lease.node)
     if node is None:
         return Leave(run, f"the scheduler knows no node {lease.node}")
     if not node.up:
@@ -299,12 +319,13 @@ def _lost(view: LeaseView, job: SchedulerJob, config: Config) -> Decision:
 
 def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Config) -> Decision:
     run, node = Run(job.job_id, job.epoch), view.lease.node
-    excluded = _excluded_by_us(job.job_id, snapshot.done)
+    known = snapshot.done_for.get(job.job_id, [])
+    excluded = _excluded_by_us(known)
     for name, since in excluded.items():
         if name in job.excluded and snapshot.now - since >= config.watcher.exclude:
             return Readmit(job, name, f"the job was kept away from {name} for {config.watcher.exclude} s")
     lost = Run(job.job_id, job.epoch - 1)
-    marked = next((one.node for one in snapshot.done if one.event == MarkDown.event and one.run == lost), "")
+    marked = next((one.node for one in known if one.event == MarkDown.event and one.run == lost), "")
     if view.lease.is_fence:
         node = marked
     elif view.lease.epoch >= job.epoch:
@@ -315,25 +336,26 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         if node in excluded and job.begin > snapshot.now + _WORTH_HASTENING:
             return Hasten(job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}")
         return Leave(run, f"the job waits for a node other than {node}")
-    bound = any(one.event == BOUND and one.run.job_id == job.job_id and one.node == node for one in snapshot.done)
+    bound = any(one.event == BOUND and one.node == node for one in known)
     if node in job.required and not bound:
         return Leave(run, f"the job asks for {node} by name, so it waits for that node", "pinned")
     others = {name for name in job.excluded if name != node}
-    if not any(known.up and known.name not in {node, *others} for known in snapshot.nodes):
+    if not any(one.up and one.name != node and one.name not in others for one in snapshot.nodes):
         others -= {*excluded}  # rather where it was lost some time ago than nowhere
     return Exclude(job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required)
 
 
 def _is_gone(node: str, snapshot: Snapshot) -> bool:
     """Whether a run ended with its node, and not since a person had the job requeued."""
-    return any(known.name == node and not (known.up and known.responding) for known in snapshot.nodes)
+    known = snapshot.node_named.get(node)
+    return known is not None and not (known.up and known.responding)
 
 
-def _excluded_by_us(job_id: str, done: Iterable[Done]) -> dict[str, float]:
-    """Return since when a job is kept away from which nodes by the watcher; what a person set is not here."""
+def _excluded_by_us(done: Iterable[Done]) -> dict[str, float]:
+    """Return since when the job for which all of *done* was is kept away from which nodes by the watcher; what a person set is not here."""
     nodes: dict[str, float] = {}
     for one in sorted(done, key=lambda one: one.time):
-        if one.run.job_id == job_id and not one.refused:
+        if not one.refused:
             if one.event == Exclude.event:
                 nodes[one.node] = one.time
             elif one.event == Readmit.event:
@@ -351,9 +373,10 @@ def _ended(view: LeaseView, why: str) -> Decision:
 def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
     """What was done, or said, for a run is not done or said again; what was refused is, after a while."""
     if isinstance(decision, Leave):
-        told = any(one.event == decision.tell and one.run == decision.run for one in snapshot.done)
+        known = snapshot.done_for.get(decision.run.job_id, []) if decision.tell else []
+        told = any(one.event == decision.tell and one.run == decision.run for one in known)
         return Leave(decision.run, decision.reason) if told else decision
-    for one in reversed(snapshot.done):
+    for one in reversed(snapshot.done_for.get(decision.runs[0].job_id, [])):
         if one.event != decision.event or one.node != decision.node or one.run != decision.runs[0]:
             continue
         ago = snapshot.now - one.time

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -45,6 +46,8 @@ T = TypeVar("T")
 _NODES_AT_ONCE = 512
 _JOBS_AT_ONCE = 256
 _CALLS_AT_ONCE = 8
+# How long the store is told in one cycle what was done: where much was, acting on it goes first.
+_SAY_SECONDS = 0.3
 
 # Seconds until the scheduler is looked at again where nothing gives cause to: a lease that has not run out
 # says that its job runs, and a query for all jobs each second would be a load on the scheduler.
@@ -82,7 +85,7 @@ class Loop:
         self._fences: dict[Lease, float] = {}  # until when they stand (time.monotonic())
         self._done: list[Done] = []
         self._recalled: set[str] = set()
-        self._unsaid: list[tuple[JobKey, Mapping[str, Any]]] = []
+        self._unsaid: deque[tuple[JobKey, Mapping[str, Any]]] = deque()
         self._settled: frozenset[Run] = frozenset()
         self._looked = -_LOOK_SECONDS
         self.leases: tuple[LeaseView, ...] = ()
@@ -171,12 +174,17 @@ class Loop:
 
     def _recall(self, snapshot: Snapshot, decisions: tuple[Decision, ...]) -> bool:
         """Read from the store what an earlier watcher did for jobs about which something is to be done."""
-        wanted = {run.job_id for one in decisions if not isinstance(one, Leave) for run in one.runs}
+        # Marking a node down twice does no harm, and there may be thousands of jobs to be asked after.
+        wanted = {run.job_id for one in decisions if isinstance(one, Requeue | DropLease) for run in one.runs}
         wanted |= {one.run.job_id for one in decisions if isinstance(one, Leave) and one.tell}
+        marked = {one.run.job_id for one in snapshot.done if one.event == MarkDown.event}
+        wanted |= {view.lease.job.job_id for view in snapshot.leases if view.lease.is_fence} - marked
         with_lease = {view.lease.job.job_id for view in snapshot.leases}
         # Without its log nobody can tell whether a node was excluded by the watcher or by a person.
         wanted |= {
-            job.job_id for job in snapshot.jobs if job.excluded and job.state is JobState.PENDING
+            job.job_id
+            for job in snapshot.jobs
+            if (job.excluded or job.required) and job.state is JobState.PENDING
         } & with_lease
         found = []
         for job_id in sorted(wanted - self._recalled):
@@ -259,7 +267,7 @@ class Loop:
     ) -> None:
         now = time.time()
         for run in runs:
-            seen = any(
+            seen = refused and any(
                 (one.event, one.run, one.node, one.refused) == (event, run, target, True)
                 for one in self._done
             )
@@ -281,11 +289,12 @@ class Loop:
             self._unsaid.append((JobKey(self._config.cluster, run.job_id), entry))
 
     def _say(self) -> None:
-        """Append to the jobs' logs what is not yet there; what the store does not take now waits."""
-        while self._unsaid:
+        """Append to the jobs' logs what is not yet there; what the store does not take soon waits."""
+        deadline = time.monotonic() + _SAY_SECONDS
+        while self._unsaid and time.monotonic() < deadline:
             job, entry = self._unsaid[0]
             self._store.append_events(job, STREAM, [entry])
-            del self._unsaid[0]
+            self._unsaid.popleft()
 
 
 def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:

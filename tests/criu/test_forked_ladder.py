@@ -95,14 +95,26 @@ def limited(controller: str, v1_file: str, v2_file: str, limit: int) -> Iterator
 
 
 @pytest.fixture
-def tight_place(user_place: Place, need: Callable[[str, str | None], None]) -> Iterator[Place]:
-    """A place whose peers are in a memory cgroup with a limit of 160 MiB."""
+def tight_group(need: Callable[[str, str | None], None]) -> Iterator[Path]:
+    """A memory cgroup with a limit of 160 MiB."""
     with limited("memory", "memory.limit_in_bytes", "memory.max", 160 << 20) as group:
         need("memory cgroup", None if group else "no memory cgroup with a limit can be made here")
         assert group is not None
-        put_into(user_place, group)
-        yield user_place
-        user_place.end()
+        yield group
+
+
+@pytest.fixture
+def tight_place(user_place: Place, tight_group: Path) -> Iterator[Place]:
+    """A place whose peers are in it."""
+    put_into(user_place, tight_group)
+    yield user_place
+    user_place.end()
+
+
+def kernel_killed(group: Path) -> int:
+    """How many processes the kernel has killed in the memory cgroup *group*."""
+    file = next(path for name in ("memory.oom_control", "memory.events") if (path := group / name).exists())
+    return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
 
 
 def put_into(place: Place, group: Path) -> None:
@@ -145,7 +157,7 @@ def test_job_near_its_memory_limit_is_dumped_plainly(tight_place: Place) -> None
     assert survives(tight_place, job, images)
 
 
-def test_twins_end_when_the_job_needs_their_memory(tight_place: Place) -> None:
+def test_twins_end_when_the_job_needs_their_memory(tight_place: Place, tight_group: Path) -> None:
     """A job that writes to all of its memory while twins share it must not run into its limit."""
     job = tight_place.python(
         """
@@ -172,6 +184,7 @@ def test_twins_end_when_the_job_needs_their_memory(tight_place: Place) -> None:
         left = Path(f"/proc/{init}/task/{init}/children").read_text().split()
 
         assert left == [str(job.pid)]
+        assert kernel_killed(tight_group) == 0
     assert job.capsule.alive
 
 

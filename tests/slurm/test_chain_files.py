@@ -72,6 +72,13 @@ while :; do sleep 0.2; done
 """
 
 
+def lose_its_file(job: Job) -> None:
+    """Have *job* run again, and take its file away when the last checkpoint of this run is in the store."""
+    job.requeue()
+    job.wait_for("ended")
+    job.path("kept").unlink()
+
+
 @pytest.fixture
 def settings(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, with a policy to begin such jobs again on all nodes."""
@@ -89,8 +96,7 @@ def settings(cluster: Cluster) -> Iterator[Cluster]:
 def test_job_none_of_whose_checkpoints_can_be_used_is_held_and_its_files_are_named(cluster: Cluster) -> None:
     job = cluster.submit(KEEPER)
     job.wait_for("checkpoint", count=2, within=60)
-    job.path("kept").unlink()
-    job.requeue()
+    lose_its_file(job)
     failed = job.wait_for("restore-failed", count=2, within=60)
 
     assert f"{job.directory}/kept: No such file or directory" in failed.text
@@ -105,13 +111,44 @@ def test_job_none_of_whose_checkpoints_can_be_used_begins_again_where_that_is_th
 ) -> None:
     job = settings.submit(KEEPER)
     job.wait_for("checkpoint", count=2, within=60)
-    job.path("kept").unlink()
-    job.requeue()
+    lose_its_file(job)
     begun = job.wait_for("begun-again", within=60)
-
     assert f"{job.id}@0." in begun.text
-    job.wait_for("checkpoint", count=5, within=60)
+    job.wait_for("checkpoint", count=job.checkpoints() + 3, within=60)
     assert job.lines()[-1] == "run 1"
     # The newest that could not be used is kept for whoever wants to know why.
     assert f"{job.id}@0." in settings.on("ctl", "outlast", "list", job.id, user=True)
+    log = f"/var/log/outlast/jobs/{job.id}.log"
+    assert "restore-failed" in settings.on(job.node, "cat", log)
+    job.cancel()
+
+
+# A node whose processors are told to be older than they are.
+MASK = "sed 's/ popcnt / /' /proc/cpuinfo >/tmp/cpuinfo && mount --bind /tmp/cpuinfo /proc/cpuinfo"
+
+
+@pytest.fixture
+def older_node(cluster: Cluster) -> Iterator[str]:
+    """Node n2, which lacks an instruction."""
+    cluster.on("n2", "sh", "-c", MASK)
+    try:
+        yield "n2"
+    finally:
+        cluster.on("n2", "sh", "-c", "umount /proc/cpuinfo && rm /tmp/cpuinfo")
+
+
+def test_node_whose_processors_lack_an_instruction_is_left_for_another(
+    cluster: Cluster, older_node: str
+) -> None:
+    job = cluster.submit(SCRIBE.replace("range(30)", "range(20)"), "-x", "n2,n3", checkpoint="2s")
+    job.wait_for("checkpoint", count=2, within=60)
+    cluster.on("ctl", "scontrol", "requeue", job.id)
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", "ExcNodeList=n1,n3", "StartTime=now")
+    unfit = job.wait_for("unfit-node", within=60)
+    assert unfit.node == older_node
+    assert "lack popcnt" in unfit.text
+
+    cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", f"ExcNodeList=n1,{older_node}")
+    restored = job.wait_for("restored", within=60)
+    assert restored.node == "n3"
     job.cancel()

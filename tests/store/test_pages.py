@@ -311,6 +311,30 @@ def test_new_run_does_not_refer_to_a_pack_that_the_old_one_removed(
         assert_back(store, job, id_of(1, epoch=1), tmp_path / "fetched", small, memory)
 
 
+def test_many_small_packs_become_one_and_large_ones_stay(
+    tmp_path: Path, keyring: Keyring, job: JobKey, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PACK_SIZE", 1 << 20)
+    monkeypatch.setattr(writer, "_AHEAD", 2)
+    monkeypatch.setattr(writer, "_MOST_SMALL", 6)
+    (tmp_path / "store").mkdir()
+    store = Store(LocalBackend(tmp_path / "store"), keyring)
+    memory = MadeUpMemory("pages-1.img", [(1, 0x1000, 6000)], seed=4)
+    first = store.publish(job, id_of(1), small, {}, [memory])
+    assert first.stored_bytes > 10 << 20
+    random = np.random.default_rng(2)
+    shipped = []
+    for number in range(2, 40):
+        memory.data[number] = np.frombuffer(random.bytes(PAGE), np.uint8)
+        shipped.append(store.publish(job, id_of(number), small, {}, [memory]).stored_bytes)
+        store.forget(job, 1)
+
+    packs = list((tmp_path / "store/jobs/testbed/17/packs").iterdir())
+    assert len([pack for pack in packs if pack.stat().st_size < 100_000]) <= 8
+    assert max(shipped) < 60_000  # a page, sometimes those of some small packs, never a large pack's
+    assert_back(store, job, id_of(39), tmp_path / "fetched", small, memory)
+
+
 # --- the arithmetic of runs ---------------------------------------------------------------------------
 
 _PLACES = st.lists(st.one_of(st.just(ZERO), st.integers(0, 400)), max_size=300)

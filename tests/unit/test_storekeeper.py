@@ -115,6 +115,20 @@ def test_stats_tell_what_each_job_has(site: Site) -> None:
     assert site.run("stats").splitlines()[-1].startswith("2 jobs, ")
 
 
+def test_checkpoints_of_a_key_that_is_not_here_are_told(site: Site) -> None:
+    site.run("init")
+    site.publish(1)
+    site.run("init", "--rotate")
+    site.publish(1, "18")
+    key = site.here / "data.key"
+    key.write_text(key.read_text().splitlines(keepends=True)[0])
+
+    (unreadable,) = site.json("check", code=os.EX_IOERR)["damaged"]
+    assert unreadable["checkpoint"] == "17@0.1"
+    assert "which this node does not have" in unreadable["why"]
+    assert [row["checkpoints"] for row in site.json("stats")["jobs"]] == [0, 1]
+
+
 def test_prune_puts_away_what_is_old_and_says_so(site: Site) -> None:
     site.run("init")
     site.publish(1)

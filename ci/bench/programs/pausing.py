@@ -46,7 +46,7 @@ class Job:
     def forks(self) -> float:
         """Return how long fork() takes, in ms: the sum of all processes, one after the other."""
         before = len(self._lines())
-        for pid in self.capsule.tasks():
+        for pid in list(self.capsule.tasks()):  # before there are more for a moment
             os.kill(pid, signal.SIGUSR1)
             time.sleep(0.02)
         self._await("fork ", before)

@@ -50,6 +50,7 @@ function take(event, message) {
     timeline.show(messages.events, jobs.rows.get(chosen));
   } else if (event === "checkpoints") {
     showCheckpoints(message.checkpoints);
+    timeline.know(message.checkpoints);
   } else if (event === "files") {
     output.files(message);
   } else if (event === "output") {

@@ -12,7 +12,7 @@ const TOP = 8;
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800];
 
 // Reads the event log as runs; exported for tests.
-export function read(events, row, now) {
+export function read(events, row, now, stored = []) {
   const runs = [];
   const checkpoints = new Map();
   const failures = [];
@@ -59,8 +59,11 @@ export function read(events, row, now) {
     const later = runs.slice(index + 1).find((other) => other.from || other.word === "started");
     if (!later || later !== runs[index + 1]) continue;
     // What was computed after the checkpoint that the job went on from, it computes again. A node that died
-    // may have told of that checkpoint's beginning only.
-    const kept = later.from && (checkpoints.get(later.from) || dumps.get(later.from.split("@")[1]));
+    // may have told of that checkpoint's beginning only, or of nothing; the store has it then.
+    const listed = stored.find((one) => one.name === later.from);
+    const kept =
+      later.from &&
+      (checkpoints.get(later.from) || dumps.get(later.from.split("@")[1]) || (listed && { node: listed.node, begin: listed.created }));
     if (!later.from) run.again = run.start;
     else if (kept && kept.node === run.node && kept.begin >= run.start) run.again = kept.begin;
   }
@@ -83,6 +86,7 @@ export class Timeline {
     this.frame = $("timeline-frame");
     this.due = null;
     this.events = [];
+    this.stored = []; // every checkpoint that the store has told of
     this.row = null;
     new ResizeObserver(() => this.#soon()).observe(this.frame);
     setInterval(() => {
@@ -97,7 +101,13 @@ export class Timeline {
 
   show(events, row) {
     this.events = events;
+    if (row === null) this.stored = [];
     this.row = row;
+    this.#soon();
+  }
+
+  know(checkpoints) {
+    this.stored.push(...checkpoints.filter((one) => !this.stored.some((other) => other.name === one.name)));
     this.#soon();
   }
 
@@ -111,7 +121,7 @@ export class Timeline {
 
   #draw() {
     const now = Date.now() / 1000;
-    const seen = read(this.events, this.row, now);
+    const seen = read(this.events, this.row, now, this.stored);
     const box = $("timeline");
     box.hidden = seen.runs.length === 0;
     if (box.hidden) return;

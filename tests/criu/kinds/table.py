@@ -185,6 +185,7 @@ REFUSED: tuple[Refused, ...] = (
         "inotify on file systems without file handles (overlayfs, some FUSE)",
         said=r"fsnotify",
         finding="",
+        note="watch files on ext4, XFS or tmpfs",
     ),
     Refused("message-queue", MEMORY, "POSIX message queues", said=r"Can't lookup mount", finding="message-queue"),
     Refused(

@@ -1,0 +1,44 @@
+/*
+ * steps.c COUNT: an example of checkpoints at the program's own points. Does COUNT steps of work, with a checkpoint
+ * after each; says "step N", and "restored in step N" where it was.
+ *
+ *     gcc -O2 -o steps steps.c -loutlast
+ */
+#include <outlast.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { SCRATCH = 64 << 20 };
+
+static void tell(int restored, void *name)
+{
+	if (restored)
+		printf("%s: opened again\n", (const char *) name);
+}
+
+int main(int argc, char **argv)
+{
+	long count = argc > 1 ? strtol(argv[1], NULL, 10) : 10;
+	char *scratch = malloc(SCRATCH);
+
+	if (scratch == NULL)
+		return 1;
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	outlast_on_ckpt(NULL, tell, "connection");
+	/* What is in it is of no use after a step: it need not be in any checkpoint. */
+	outlast_exclude(scratch, SCRATCH);
+	for (long step = 1; step <= count; step++) {
+		memset(scratch, (int) step, SCRATCH);
+		usleep(200000);
+		printf("step %ld\n", step);
+		int result = ckpt();
+		if (result == 1)
+			printf("restored in step %ld\n", step);
+		else if (result < 0)
+			fprintf(stderr, "no checkpoint: %s\n", outlast_error());
+	}
+	puts("done");
+	return 0;
+}
