@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from criu_backend._capsule import (
 )
 from criu_backend._explain import way_out
 from criu_backend._headroom import Headroom
-from criu_backend._images import ImageError, highest_pid, require_owner, root_pid, statistics
+from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid, statistics
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
@@ -198,8 +199,8 @@ class Criu:
                     reason = str(error)
                     predict = False
                     end_twins(capsule)
-                    for file in images.iterdir():
-                        file.unlink()
+                    for path in images.iterdir():
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
         except BaseException as error:
             end_twins(capsule)
             if isinstance(error, ImageError):
@@ -309,6 +310,7 @@ class Criu:
         try:
             require_owner(images, uid)
             last_pid = highest_pid(images)
+            rearm_timers(images)
             loaded = [f"LD_PRELOAD={REAPER_LIBRARY}", f"OUTLAST_ROOT={root_pid(images)}"]
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None

@@ -217,7 +217,7 @@ def _device_kind(path: str, major: int, minor: int) -> str:
 def _mappings(pid: int) -> Iterator[Finding]:
     mapped = set(re.findall(r" (/dev/\S+)", _text(Path(f"/proc/{pid}/maps"))))
     for path in sorted(mapped):
-        if not path.startswith(("/dev/shm/", "/dev/zero", "/dev/null", "/dev/hugepages")):
+        if not path.startswith(("/dev/shm/", "/dev/zero", "/dev/null", "/dev/hugepages")):  # noqa: S108
             with contextlib.suppress(OSError):
                 facts = Path(path).stat()
                 if stat.S_ISCHR(facts.st_mode):
@@ -233,9 +233,11 @@ def _connections(pid: int, sockets: Mapping[int, list[tuple[int, int]]]) -> Iter
         if peer and peer not in sockets:
             yield _finding("unix-outside", *holders[0], _behind(known.name(peer)))
         end = known.tcp(inode)
-        if end is not None and Endpoint(end.remote, end.local) not in mine and end.connected:
-            if not known.waiting(Endpoint(end.remote, end.local)):
-                yield _finding("tcp-outside", *holders[0], end.remote)
+        if end is None or not end.connected:
+            continue
+        other = Endpoint(end.remote, end.local)
+        if other not in mine and not known.waiting(other):
+            yield _finding("tcp-outside", *holders[0], end.remote)
 
 
 def _behind(name: str) -> str:

@@ -83,6 +83,31 @@ def highest_pid(images: Path) -> int:
     return max(found)
 
 
+def rearm_timers(images: Path) -> None:
+    """Have periodic timerfds go on that had expired, and not been read, when the tree stood still.
+
+    The kernel arms such a timer again when it is read, and until then tells CRIU of no time left; CRIU 4.2 restores
+    that as a timer that is switched off, and a read of it never returns. One that is off has no ticks.
+    """
+    import pycriu
+
+    path = images / "files.img"
+    with path.open("rb") as file:
+        image = pycriu.images.load(file)
+    found = False
+    for entry in image["entries"]:
+        timer = entry.get("tfd", {})
+        left = timer.get("vsec", 0) or timer.get("vnsec", 0)
+        if timer.get("ticks") and not left and (timer["isec"] or timer["insec"]):
+            timer["vnsec"] = 1
+            found = True
+    if found:
+        part = images / "files.img.new"
+        with part.open("wb") as file:
+            pycriu.images.dump(image, file)
+        part.replace(path)
+
+
 def root_pid(images: Path) -> int:
     """Return the PID of the root of the tree in *images*."""
     return int(entries(images / "pstree.img")[0]["pid"])

@@ -3,6 +3,9 @@
 Source: lib/man/outlast_ckpt.3; the same in C is lib/liboutlast.c.
 """
 
+# Simple paths: one system call for each look, and it is imported by users' programs.
+# ruff: noqa: PTH115, PTH118, PTH123
+
 from __future__ import annotations
 
 import json
@@ -86,7 +89,9 @@ def _ckpt(directory: str) -> bool:
         if now is not None and said != _PENDING and _link(directory, "run") == run:
             if said is not None and said.startswith("done "):
                 return False
-            raise CheckpointFailed((said or "").removeprefix("failed ") or "the job's manager does not know of it")
+            raise CheckpointFailed(
+                (said or "").removeprefix("failed ") or "the job's manager does not know of it"
+            )
         time.sleep(wait)
         wait = min(2 * wait, _LONGEST_WAIT)
 

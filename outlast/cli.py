@@ -225,7 +225,9 @@ def _explain(args: argparse.Namespace) -> None:
     for one in findings:
         where = f"process {one['pid']} ({one['name']})"
         print(f"{where}{'' if one['fd'] is None else ', descriptor ' + str(one['fd'])}: {one['what']}")
-        print(f"    {'no checkpoint while it is there' if one['stops'] else 'the rest is restored'}: {one['way_out']}")
+        print(
+            f"    {'no checkpoint while it is there' if one['stops'] else 'the rest is restored'}: {one['way_out']}"
+        )
     if not findings:
         print("nothing speaks against a checkpoint")
 
@@ -436,9 +438,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = verb(name, run)
         sub.add_argument("--json", action="store_true", help="print one JSON value")
         if name == "checkpoint":
-            sub.add_argument("--pid", metavar="PID", help="of this process and all below it; then JOB is its name")
+            sub.add_argument(
+                "--pid", metavar="PID", help="of this process and all below it; then JOB is its name"
+            )
         if name != "status":
-            more = {"nargs": "?"} if name == "checkpoint" else {}
+            more: dict[str, Any] = {"nargs": "?"} if name == "checkpoint" else {}
             sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17", **more)
     for name, run in (("migrate", _migrate), ("hold", _hold), ("release", _release)):
         sub = verb(name, run)
@@ -452,9 +456,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON value")
     sub.add_argument("job", metavar="JOB|PID", help="a job on this node, or as root any process")
     sub = verb("recover", _recover)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as 17@1.4, or 17 for the newest of job 17")
+    sub.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="such as 17@1.4, or 17 for the newest of job 17"
+    )
     sub.add_argument("--name", help="the name of the job that it becomes")
-    sub.add_argument("--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h")
+    sub.add_argument(
+        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
+    )
     sub = verb("run", _run)
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"

@@ -28,12 +28,16 @@ def find(text: str) -> Capsule:
     if not text.isdigit() or not status.exists():
         raise UsageError(f"{text}: no such job on this node, and no such process")
     if os.geteuid() != 0:
-        raise UsageError(f"process {text}: not one of a job of yours", hint="only root may look into other processes")
+        raise UsageError(
+            f"process {text}: not one of a job of yours", hint="only root may look into other processes"
+        )
     facts = status.read_text()
     parent = int(re.findall(r"^PPid:\s*(\d+)", facts, re.M)[0])
     inner = int(re.findall(r"^NSpid:.*?(\d+)$", facts, re.M)[0])
     if parent == 0:
-        raise UsageError(f"process {text}: it is the first of its PID namespace", hint="take what it has started")
+        raise UsageError(
+            f"process {text}: it is the first of its PID namespace", hint="take what it has started"
+        )
     start = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
     return Capsule(parent, start, inner)
 
@@ -54,13 +58,18 @@ def adopt(config: Config, checkpoint: str, name: str) -> tuple[int, list[str]]:
     """
     job = JobKey(config.cluster, checkpoint.partition("@")[0])
     mine = JobKey(config.cluster, name)
-    with open_store(config.store) as store, tempfile.TemporaryDirectory(prefix="outlast-", dir="/run") as spool:
+    with (
+        open_store(config.store) as store,
+        tempfile.TemporaryDirectory(prefix="outlast-", dir="/run") as spool,
+    ):
         if store.get_record(mine, "start") is not None:
             raise UsageError(f"recover: there is a job {name} already", hint="choose another --name")
         named = (one for one in store.checkpoints(job) if checkpoint in (job.job_id, one.id.name(job.job_id)))
         found = next(named, None)
         if found is None:
-            raise UsageError(f"{checkpoint}: no such checkpoint", hint=f"'outlast list {job.job_id}' shows what there is")
+            raise UsageError(
+                f"{checkpoint}: no such checkpoint", hint=f"'outlast list {job.job_id}' shows what there is"
+            )
         images = Path(spool, "images")
         store.fetch(job, found.id, images)
         meta = {**found.meta, "epoch": 0, "seq": 1}
@@ -83,7 +92,10 @@ def checkpoint(config: Config, text: str, name: str) -> str:
     pid = int(text)
     key = JobKey(config.cluster, name)
     criu = Criu(config.checkpoint.criu)
-    with open_store(config.store) as store, tempfile.TemporaryDirectory(prefix="outlast-", dir="/run") as spool:
+    with (
+        open_store(config.store) as store,
+        tempfile.TemporaryDirectory(prefix="outlast-", dir="/run") as spool,
+    ):
         seq = max((one.id.seq for one in store.checkpoints(key)), default=0) + 1
         id_ = CheckpointId(0, seq)
         images = Path(spool, "images")
@@ -102,7 +114,9 @@ def checkpoint(config: Config, text: str, name: str) -> str:
             kept = Path(tempfile.gettempdir(), f"outlast-dump-{pid}.log")
             if error.log.exists():
                 shutil.copyfile(error.log, kept)
-            hint = error.hint or "start it with 'setsid PROGRAM >FILE 2>&1 </dev/null', or under 'outlast run'"
+            hint = (
+                error.hint or "start it with 'setsid PROGRAM >FILE 2>&1 </dev/null', or under 'outlast run'"
+            )
             raise CheckpointRefused(str(error).replace(str(error.log), str(kept)), hint=hint) from None
         with result:
             put_back(result.memories, images)
@@ -123,6 +137,13 @@ def checkpoint(config: Config, text: str, name: str) -> str:
             "passed": [],
         }
         if store.get_record(key, "start") is None:
-            record = {"uid": uid, "argv": argv, "interval": 0, "node": meta["node"], "epoch": 0, "time": time.time()}
+            record = {
+                "uid": uid,
+                "argv": argv,
+                "interval": 0,
+                "node": meta["node"],
+                "epoch": 0,
+                "time": time.time(),
+            }
             store.put_record(key, "start", {**record, "files": []})
         return store.publish(key, id_, images, meta).id.name(name)

@@ -64,14 +64,14 @@ def _recover(bench: Bench, bed: Bed, *, watched: bool) -> dict[str, float]:
             phases.setdefault("requeued", time.time() - begin)
         elif where != node:
             phases.setdefault("started", time.time() - begin)
-        return _first_line(out, node) is not None
+        return _first_line(out, node, begin) is not None
 
     try:
         _await(back, "the job's first line on another node")
     finally:
         if not watched:
             bed.output("ctl", ["kill", "-CONT", *watcher], root=True)
-    first = _first_line(out, node)
+    first = _first_line(out, node, begin)
     assert first is not None  # noqa: S101 - it was just waited for
     phases["first line"] = first - begin
     _await(lambda: "restored" in _events(bed, job_id), "the event of the restore")
@@ -81,6 +81,8 @@ def _recover(bench: Bench, bed: Bed, *, watched: bool) -> dict[str, float]:
     phases["known"] = events["node-marked-down"] - begin if "node-marked-down" in events else phases["requeued"]
     phases.setdefault("started", phases["restored"])
     phases["requeued"] = max(phases["requeued"], phases["known"])
+    if min(events["restored"], events.get("node-marked-down", begin)) < begin:
+        bench.problem(f"job {job_id}: was lost before its node was")
     if not _in_order(out):
         bench.problem(f"job {job_id}: its output has lines twice or not at all")
     bed.run("ctl", ["scancel", job_id])
@@ -99,8 +101,9 @@ def _lines(out: Path) -> list[list[str]]:
     return [line for line in lines if len(line) == 3 and line[0].isdecimal()]
 
 
-def _first_line(out: Path, lost: str) -> float | None:
-    return next((float(when) for _, when, where in _lines(out) if where != lost), None)
+def _first_line(out: Path, lost: str, since: float) -> float | None:
+    times = (float(when) for _, when, where in _lines(out) if where != lost)
+    return next((when for when in times if when > since), None)
 
 
 def _in_order(out: Path) -> bool:

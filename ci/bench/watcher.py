@@ -20,11 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ci.bench import CHECKOUT, Bench
+from ci.testbed.layout import TestbedError
 from outlast.config import Config, LeaseConfig, StoreConfig, WatcherConfig
-from outlast.model import JobKey, JobState, Lease, SchedulerJob, SchedulerNode
-from outlast.store import open_store
-from outlast.watcher.decisions import MarkDown
-from outlast.watcher.loop import Loop
+from outlast.model import JobState, SchedulerJob, SchedulerNode
 
 ROUNDS = 5
 
@@ -43,7 +41,7 @@ def run(bench: Bench) -> None:
     """Measure, in a process of its own, so that the memory is the watcher's."""
     jobs, nodes, die = bench.options.jobs, bench.options.nodes, bench.options.die
     for variant in bench.rounds("default"):
-        command = [sys.executable, "-m", "ci.bench.watcher", str(jobs), str(nodes), str(die)]
+        command = [_python(), "-m", "ci.bench.watcher", str(jobs), str(nodes), str(die)]
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=300)
         if done.returncode:
             bench.problem(done.stderr.strip().splitlines()[-1])
@@ -61,6 +59,16 @@ def run(bench: Bench) -> None:
         bench.note("nodes", nodes)
         bench.note("cycle_s", found["look_s"])
         bench.note("rss_mb", found["rss_mb"])
+
+
+def _python() -> str:
+    """Return a Python that has what the store needs: $OUTLAST_PYTHON, this one or the system's."""
+    for python in (os.environ.get("OUTLAST_PYTHON", sys.executable), "/usr/bin/python3"):
+        if subprocess.run([python, "-c", "import cryptography, paramiko"], capture_output=True, check=False).returncode == 0:
+            return python
+    raise TestbedError(
+        "no Python here has cryptography and paramiko", hint="name one: OUTLAST_PYTHON=/usr/bin/python3"
+    )
 
 
 class _Cluster:
@@ -125,6 +133,11 @@ class _Cluster:
 
 
 def _measure(jobs: int, nodes: int, die: int) -> dict[str, float]:
+    # Not above: what runs the benchmarks has the standard library only.
+    from outlast.store import open_store
+    from outlast.watcher.decisions import MarkDown
+    from outlast.watcher.loop import Loop
+
     with contextlib.ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         alive = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4096))

@@ -32,8 +32,8 @@ from outlast.manager._events import EventLog
 from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
-from outlast.manager._leaving import Leaving
 from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, remember_choice
+from outlast.manager._leaving import Leaving
 from outlast.manager._mom import Mom
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
@@ -333,7 +333,11 @@ class Manager:
         self._guard(run)
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
-        if isinstance(self._scheduler, SlurmScheduler) and self._holding is not None and run.capsule is not None:
+        if (
+            isinstance(self._scheduler, SlurmScheduler)
+            and self._holding is not None
+            and run.capsule is not None
+        ):
             self._leaving = Leaving(
                 (self._job.job_id, run.epoch, self._node),
                 run.capsule,

@@ -1,6 +1,6 @@
 """The right of this run to go on: how it is held, what extends it, and how it begins.
 
-docs/adr/0018-leases-and-the-guard.md has the rule and why no two runs of a job ever run at once under it.
+docs/adr/0011-leases-and-the-guard.md has the rule and why no two runs of a job ever run at once under it.
 """
 
 from __future__ import annotations

@@ -53,8 +53,12 @@ class Launcher:
         """
         if run.epoch == 0:
             return self._begin(run, shim)
-        with open_store(self._config.store) as store:
+        store = open_store(self._config.store)
+        try:
             return self.when_store_answers(shim, lambda: self._go_on(run, shim, store))
+        finally:
+            if self._restorer.following is None:
+                store.close()
 
     @property
     def settled(self) -> bool:

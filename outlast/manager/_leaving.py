@@ -162,7 +162,7 @@ class Leaving:
         """Have the pending job start elsewhere without the delay that a requeued job has."""
 
         def settled(now: SchedulerJob | None) -> bool:
-            if now is None or now.epoch > self._epoch and now.state is not JobState.PENDING:
+            if now is None or (now.epoch > self._epoch and now.state is not JobState.PENDING):
                 return True
             if now.state is not JobState.PENDING:
                 return False

@@ -19,7 +19,7 @@ from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import sources
 from outlast.manager._shim import Shim
 from outlast.model import Checkpoint
-from outlast.store import Store, open_store
+from outlast.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Restorer:
         """Have the job of *run* go on from *checkpoint* in the place of *shim*, its files set back to it.
 
         Args:
+            store: where pages are still to follow afterwards, it is `following`'s, which closes it; a
+                connection of its own would cost as much time as all else together.
             whole: fetch all of it before it runs, whatever the configuration says.
 
         Raises:
@@ -92,8 +94,9 @@ class Restorer:
             closing.push(lambda kind, *_: keep_log(images / "restore.log", run, failed=kind is not None))
             following = None
             if not whole and self._follow(checkpoint):
-                following = self._prepare(run, checkpoint, images)
-                closing.callback(following.close)
+                following = self._prepare(run, store, checkpoint, images)
+                # The store stays the caller's until the job runs.
+                closing.callback(following.server.close)
             else:
                 store.fetch(run.job, checkpoint.id, images)
             fetched = time.monotonic()
@@ -118,30 +121,25 @@ class Restorer:
         how = self._config.restart.post_copy
         return how == "on" or (how == "auto" and checkpoint.image_bytes >= _WORTH_POST_COPY)
 
-    def _prepare(self, run: Run, checkpoint: Checkpoint, images: Path) -> Following:
+    def _prepare(self, run: Run, store: Store, checkpoint: Checkpoint, images: Path) -> Following:
         """Fetch what CRIU restores at once, and start to serve the rest."""
-        pages = open_store(self._config.store)
-        try:
-            stored = pages.open(run.job, checkpoint.id)
+        stored = store.open(run.job, checkpoint.id)
 
-            def read(space: int, vaddr: int, count: int) -> bytes:
-                deadline = time.monotonic() + self._config.restart.pages_wait
-                while True:
-                    try:
-                        return stored.read(space, vaddr, count)
-                    except StoreUnavailable:
-                        if time.monotonic() > deadline:
-                            raise
-                        time.sleep(_RETRY_SECONDS)
+        def read(space: int, vaddr: int, count: int) -> bytes:
+            deadline = time.monotonic() + self._config.restart.pages_wait
+            while True:
+                try:
+                    return stored.read(space, vaddr, count)
+                except StoreUnavailable:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(_RETRY_SECONDS)
 
-            stored.fetch_files(images)
-            runs = {path: [tuple(map(int, row)) for row in rows] for path, rows in stored.memories.items()}
-            write_eager_pages(images, runs, read)  # type: ignore[arg-type]
-            server = PageServer(runs, read, self._criu.version())  # type: ignore[arg-type]
-            return Following(server, pages, images)
-        except BaseException:
-            pages.close()
-            raise
+        stored.fetch_files(images)
+        runs = {path: [tuple(map(int, row)) for row in rows] for path, rows in stored.memories.items()}
+        write_eager_pages(images, runs, read)  # type: ignore[arg-type]
+        server = PageServer(runs, read, self._criu.version())  # type: ignore[arg-type]
+        return Following(server, store, images)
 
     def _bring_back(
         self, run: Run, shim: Shim, checkpoint: Checkpoint, images: Path, following: Following | None

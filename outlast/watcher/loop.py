@@ -42,10 +42,10 @@ STREAM = "watcher"
 
 T = TypeVar("T")
 
-# How much the scheduler is asked at once, and how often in one cycle: slurmctld holds its locks meanwhile.
+# How much the scheduler is asked at once, and for how long in one cycle: slurmctld holds its locks meanwhile.
 _NODES_AT_ONCE = 512
 _JOBS_AT_ONCE = 256
-_CALLS_AT_ONCE = 8
+_ACT_SECONDS = 1.0
 # How long the store is told in one cycle what was done: where much was, acting on it goes first.
 _SAY_SECONDS = 0.3
 
@@ -217,10 +217,15 @@ class Loop:
         for one in decisions:
             if isinstance(one, Exclude) and one.unbind:
                 self._do([], lambda one=one: self._scheduler.require(one.job.handle, ""))  # type: ignore[misc]
-        for (when, *nodes), moved in calls[:_CALLS_AT_ONCE]:
+        until = time.monotonic() + _ACT_SECONDS
+        for (when, *nodes), moved in calls:
+            if time.monotonic() > until:
+                break
             handles = [one.job.handle for one in moved]
             self._do(moved, lambda h=handles, n=nodes, w=when: self._scheduler.exclude(h, n, at_once=w == "now"))  # type: ignore[misc]
-        for one in [one for one in decisions if isinstance(one, Requeue)][:_CALLS_AT_ONCE]:
+        for one in [one for one in decisions if isinstance(one, Requeue)]:
+            if time.monotonic() > until:
+                break
             self._do([one], lambda one=one: self._scheduler.requeue(one.job.handle))  # type: ignore[misc]
         for one in decisions:
             if isinstance(one, DropLease):

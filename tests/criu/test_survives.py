@@ -76,14 +76,19 @@ def start(programs: Path, need: Callable[[str, str | None], None]) -> Start:
 
     def begin(place: Place, kind: Kind) -> Job:
         if kind.needs:
-            need("criu" if not kind.long else "languages", None if shutil.which(kind.needs) else f"no {kind.needs}")
+            need(
+                "criu" if not kind.long else "languages",
+                None if shutil.which(kind.needs) else f"no {kind.needs}",
+            )
         names = {"here": str(programs), "built": str(programs)}
         if kind.build and not (programs / f"{kind.name}.built").exists():
             command = [word.format_map(names) for word in kind.build]
             done = subprocess.run(command, cwd=programs, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             (programs / f"{kind.name}.built").touch()
-        argv = [word.format_map(names) if "{built}" in word or "{here}" in word else word for word in kind.command]
+        argv = [
+            word.format_map(names) if "{built}" in word or "{here}" in word else word for word in kind.command
+        ]
         environment = {**ENVIRONMENT, "HOME": str(place.path), "OMP_WAIT_POLICY": "passive"}
         unfiltered = isinstance(kind, Refused) and kind.unfiltered
         job = place.start(argv, environment=environment, compat_filter=not unfiltered)
@@ -161,6 +166,31 @@ def test_nothing_is_said_against_what_works(
 
     assert [str(one) for one in explain(job.capsule.tasks(), job.capsule.init_pid)] == []
     assert goes_on(job)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU only")
+def test_cpu_affinity_after_a_restore_is_that_of_the_new_allocation(place: Place) -> None:
+    job = place.python(
+        """
+        threading.Thread(target=time.sleep, args=[600], daemon=True).start()
+        say("ready")
+        while True: time.sleep(0.01)
+        """,
+        place.peer(prepare=lambda: os.sched_setaffinity(0, {0})),
+    )
+    job.says("ready")
+    assert affinities(job) == [{0}, {0}]
+    images, _ = place.dump(job)
+    place.lose(job)
+
+    restored = place.restore(images, place.peer(prepare=lambda: os.sched_setaffinity(0, {1})))
+
+    assert affinities(restored) == [{1}, {1}]
+
+
+def affinities(job: Job) -> list[set[int]]:
+    """On which CPUs each thread of the job may run."""
+    return [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{job.pid}/task").iterdir()]
 
 
 def echo(listener: socket.socket) -> None:

@@ -45,7 +45,7 @@ def test_checkpoint_comes_up_on_another_node_and_the_job_does_not_notice(cluster
     lines = [line for line in job.lines() if not line.startswith("slurmstepd")]
     assert lines == [str(step) for step in range(1, len(lines) + 1)]
     assert not cluster.try_on(
-        "n2", "sh", stdin=f"ls -d /tmp/holder-* /run/outlast/verify-*; grep holder /proc/mounts"
+        "n2", "sh", stdin="ls -d /tmp/holder-* /run/outlast/verify-*; grep holder /proc/mounts"
     ).stdout
     assert "holder.py" not in cluster.on("n2", "ps", "-eo", "args")
 

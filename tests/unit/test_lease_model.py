@@ -232,7 +232,7 @@ class NeverTwoCopies(RuleBasedStateMachine):
         assert sum(self._runs(copy) for copy in self.copies) <= 1
 
 
-class TestNeverTwoCopies(NeverTwoCopies.TestCase):  # type: ignore[misc, name-defined]
+class TestNeverTwoCopies(NeverTwoCopies.TestCase):  # type: ignore[misc, valid-type]
     """No order of events makes two copies compute at once."""
 
     settings = settings(
