@@ -52,7 +52,9 @@ class NoScheduler:
             epoch=epoch,
             nodes=(str(start["node"]),),
             uid=int(start["uid"]),
-            name=Path(str(start["argv"][0])).name if "argv" in start else "?",  # encrypted, for root on a node
+            name=Path(str(start["argv"][0])).name
+            if "argv" in start
+            else "?",  # encrypted, for root on a node
         )
 
     def nodes(self) -> tuple[SchedulerNode, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from criu_backend import Criu, CriuError, pycriu_version
+from criu_backend import Criu, CriuError, pycriu_version, self_test
 from outlast import control
 from outlast.config import Config, read_config
 from outlast.errors import ConfigError, OutlastError
@@ -104,6 +104,7 @@ def _node(config: Config) -> Iterator[Finding]:
             yield Finding("FAIL", "kernel", str(error), "'criu check --all' says what the kernel lacks")
         else:
             yield Finding("ok", "kernel", f"{os.uname().release}: criu check is content")
+            yield from _self_test(criu)
     if os.geteuid() == 0 and _runs_jobs():
         yield _data_key(config)
     for program in (_SHIM, _HELPER):
@@ -138,6 +139,19 @@ def _data_key(config: Config) -> Finding:
         f", {older} older can be read" if older else ""
     )
     return Finding("ok", "data key", fact)
+
+
+def _self_test(criu: Criu) -> Iterator[Finding]:
+    """Dump, restore and compare a small process of our own, in every way that a job may be dumped."""
+    result = self_test(criu)
+    for trial in result.trials:
+        if trial.problem is None:
+            yield Finding("ok", f"dumps, {trial.mode}", "a process was dumped, restored and compared")
+        else:
+            verdict = "FAIL" if trial.mode == "plain" else "warn"
+            yield Finding(
+                verdict, f"dumps, {trial.mode}", trial.problem, "jobs are dumped in the next best way"
+            )
 
 
 def _slurm(scontrol: str, config: Config) -> Iterator[Finding]:

@@ -154,8 +154,8 @@ class SchedulerJob:
 
     *epoch* is the restart count, *excluded* the nodes that the job must not have, *required* those that it
     must have. *begin* is before when a pending job must not start (Unix time; 0 where there is no such time),
-    *end* when a running one must have ended. *handle* is what the scheduler's commands call this one job: an array's first task shares its
-    id with the whole array, so there it is `17_1`.
+    *end* when a running one must have ended. *handle* is what the scheduler's commands call this one job: an
+    array's first task shares its id with the whole array, so there it is `17_1`.
     """
 
     job_id: str

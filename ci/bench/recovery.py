@@ -59,7 +59,9 @@ def _recover(bench: Bench, bed: Bed, *, watched: bool) -> dict[str, float]:
     phases: dict[str, float] = {}
 
     def back() -> bool:
-        state, _, where = bed.output("ctl", ["squeue", "-h", "-j", job_id, "-o", "%T %N"]).strip().partition(" ")
+        state, _, where = (
+            bed.output("ctl", ["squeue", "-h", "-j", job_id, "-o", "%T %N"]).strip().partition(" ")
+        )
         if state != "RUNNING":
             phases.setdefault("requeued", time.time() - begin)
         elif where != node:
@@ -78,7 +80,9 @@ def _recover(bench: Bench, bed: Bed, *, watched: bool) -> dict[str, float]:
     events = _events(bed, job_id)
     phases["restored"] = events["restored"] - begin
     # Slurm by itself has a node down and its jobs queued again in one step.
-    phases["known"] = events["node-marked-down"] - begin if "node-marked-down" in events else phases["requeued"]
+    phases["known"] = (
+        events["node-marked-down"] - begin if "node-marked-down" in events else phases["requeued"]
+    )
     phases.setdefault("started", phases["restored"])
     phases["requeued"] = max(phases["requeued"], phases["known"])
     if min(events["restored"], events.get("node-marked-down", begin)) < begin:

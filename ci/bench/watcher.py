@@ -64,7 +64,10 @@ def run(bench: Bench) -> None:
 def _python() -> str:
     """Return a Python that has what the store needs: $OUTLAST_PYTHON, this one or the system's."""
     for python in (os.environ.get("OUTLAST_PYTHON", sys.executable), "/usr/bin/python3"):
-        if subprocess.run([python, "-c", "import cryptography, paramiko"], capture_output=True, check=False).returncode == 0:
+        found = subprocess.run(
+            [python, "-c", "import cryptography, paramiko"], capture_output=True, check=False
+        )
+        if found.returncode == 0:
             return python
     raise TestbedError(
         "no Python here has cryptography and paramiko", hint="name one: OUTLAST_PYTHON=/usr/bin/python3"
@@ -80,7 +83,14 @@ class _Cluster:
         self._nodes = {f"n{i}": SchedulerNode(f"n{i}", True, True, "127.0.0.1", alive) for i in range(nodes)}
         self._jobs = {
             str(i): SchedulerJob(
-                str(i), JobState.RUNNING, "RUNNING", 0, (f"n{i % nodes}",), 1000 + i % 50, f"job {i}", handle=str(i)
+                str(i),
+                JobState.RUNNING,
+                "RUNNING",
+                0,
+                (f"n{i % nodes}",),
+                1000 + i % 50,
+                f"job {i}",
+                handle=str(i),
             )
             for i in range(jobs)
         }
@@ -104,7 +114,15 @@ class _Cluster:
         for key, job in self._jobs.items():
             if job.nodes[:1] and job.nodes[0] in nodes:
                 self._jobs[key] = SchedulerJob(
-                    key, JobState.PENDING, "PENDING", 1, (), job.uid, job.name, handle=key, begin=time.time() + 6
+                    key,
+                    JobState.PENDING,
+                    "PENDING",
+                    1,
+                    (),
+                    job.uid,
+                    job.name,
+                    handle=key,
+                    begin=time.time() + 6,
                 )
 
     def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:

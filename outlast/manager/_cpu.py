@@ -20,7 +20,7 @@ _INSTRUCTIONS = re.compile(
 
 
 class UnfitNode(OutlastError):
-    """This node's processors lack what a checkpoint needs; another node may have it."""
+    """A node's processors lack what a checkpoint needs; another node may have it."""
 
 
 def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:

@@ -122,6 +122,8 @@ class Manager:
             heartbeat.start()
             if inherited is not None:
                 self._adopt(inherited)
+            else:
+                self._launcher.connect(self._job)
             while not self._finished.wait(_POLL_SECONDS):
                 if self._job_over.is_set() and self._run is None and not self._launching.locked():
                     break

@@ -117,7 +117,9 @@ class Holding:
         while left := self._takeover.step(store, boottime):
             if not told:
                 told = True
-                self._events.add("waits", f"the run before may still go on somewhere, for {left:.1f} s at most")
+                self._events.add(
+                    "waits", f"the run before may still go on somewhere, for {left:.1f} s at most"
+                )
             if gone():
                 return False
             time.sleep(min(left, _POLL_SECONDS))
@@ -213,4 +215,3 @@ class Holding:
             )
         else:
             self._events.add("thawed", "the job goes on: its lease was renewed")
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -42,6 +43,30 @@ class Launcher:
         # The record of the job's first start, until the store has it: nothing else may be stored before.
         self._beginning: dict[str, Any] | None = None
         self._lock = threading.Lock()
+        self._connecting: threading.Thread | None = None
+        self._connected: Store | None = None
+
+    def connect(self, job: JobKey) -> None:
+        """Begin to connect to the store, before anybody waits for what it has of *job*."""
+
+        def act() -> None:
+            try:
+                store = open_store(self._config.store)
+            except OutlastError:
+                return  # told when the store is needed
+            with contextlib.suppress(OutlastError):
+                store.get_record(job, "start")
+            self._connected = store
+
+        self._connecting = threading.Thread(target=act, name="connect", daemon=True)
+        self._connecting.start()
+
+    def _open_store(self) -> Store:
+        """Return the store, which is connected already if there was time enough."""
+        if self._connecting is not None:
+            self._connecting.join()
+        store, self._connected = self._connected, None
+        return store or open_store(self._config.store)
 
     def launch(self, run: Run, shim: Shim) -> Capsule:
         """Have the job of *run* run in a capsule in the place of *shim*.
@@ -53,7 +78,7 @@ class Launcher:
         """
         if run.epoch == 0:
             return self._begin(run, shim)
-        store = open_store(self._config.store)
+        store = self._open_store()
         try:
             return self.when_store_answers(shim, lambda: self._go_on(run, shim, store))
         finally:
@@ -111,7 +136,7 @@ class Launcher:
 
         def settle() -> None:
             try:
-                with open_store(self._config.store) as store:
+                with self._open_store() as store:
                     self.settle(run.job, store)
             except OutlastError as error:
                 problem.append(error)

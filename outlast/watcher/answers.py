@@ -164,7 +164,9 @@ class Desk:
                 job, {"op": "restart", "uid": peer.uid, "checkpoint": [chosen.epoch, chosen.seq]}
             )
             chosen_name = chosen.name(job.job_id)
-            _record(store, job, "restarted", known.epoch, "", f"user {peer.uid} had it go on from {chosen_name}")
+            _record(
+                store, job, "restarted", known.epoch, "", f"user {peer.uid} had it go on from {chosen_name}"
+            )
             if known.state not in (JobState.PENDING, JobState.RUNNING):
                 self._scheduler.requeue(known.handle)
         return {"checkpoint": chosen_name}
@@ -208,7 +210,9 @@ class Desk:
             raise UsageError("only the scheduler may change the interval of a job")
         with self._store() as store:
             job = self._job_of(Peer(peer.pid, 0, 0), request, store)
-            return {"request": store.post_request(job, {"op": "interval", "seconds": int(request["seconds"])})}
+            return {
+                "request": store.post_request(job, {"op": "interval", "seconds": int(request["seconds"])})
+            }
 
     def _ended(self, peer: Peer) -> Mapping[str, Any]:
         if not (_is_operator(peer) or peer.uid in self._scheduler_users()):

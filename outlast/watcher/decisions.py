@@ -334,7 +334,9 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         return Leave(run, "the job waits for a node")
     if node in excluded or node in job.excluded:
         if node in excluded and job.begin > snapshot.now + _WORTH_HASTENING:
-            return Hasten(job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}")
+            return Hasten(
+                job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}"
+            )
         return Leave(run, f"the job waits for a node other than {node}")
     bound = any(one.event == BOUND and one.node == node for one in known)
     if node in job.required and not bound:
@@ -342,7 +344,9 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     others = {name for name in job.excluded if name != node}
     if not any(one.up and one.name != node and one.name not in others for one in snapshot.nodes):
         others -= {*excluded}  # rather where it was lost some time ago than nowhere
-    return Exclude(job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required)
+    return Exclude(
+        job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required
+    )
 
 
 def _is_gone(node: str, snapshot: Snapshot) -> bool:
@@ -352,7 +356,10 @@ def _is_gone(node: str, snapshot: Snapshot) -> bool:
 
 
 def _excluded_by_us(done: Iterable[Done]) -> dict[str, float]:
-    """Return since when the job for which all of *done* was is kept away from which nodes by the watcher; what a person set is not here."""
+    """Return since when the watcher keeps the job of *done* away from which nodes.
+
+    What a person has excluded is not here.
+    """
     nodes: dict[str, float] = {}
     for one in sorted(done, key=lambda one: one.time):
         if not one.refused:
@@ -389,9 +396,7 @@ def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
     return decision
 
 
-def _unless_too_many(
-    decisions: Iterable[Decision], snapshot: Snapshot, config: Config
-) -> Iterable[Decision]:
+def _unless_too_many(decisions: Iterable[Decision], snapshot: Snapshot, config: Config) -> Iterable[Decision]:
     """Where most nodes fall silent at once, believe that they are dead only after a longer silence."""
     decisions = list(decisions)
     marks = [one for one in decisions if isinstance(one, MarkDown)]

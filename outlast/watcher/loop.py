@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import select
@@ -222,7 +223,8 @@ class Loop:
             if time.monotonic() > until:
                 break
             handles = [one.job.handle for one in moved]
-            self._do(moved, lambda h=handles, n=nodes, w=when: self._scheduler.exclude(h, n, at_once=w == "now"))  # type: ignore[misc]
+            exclude = functools.partial(self._scheduler.exclude, handles, nodes, at_once=when == "now")
+            self._do(moved, exclude)
         for one in [one for one in decisions if isinstance(one, Requeue)]:
             if time.monotonic() > until:
                 break

@@ -51,7 +51,9 @@ def start(cluster: Cluster, *options: str, interval: str = "2s") -> Job:
 def await_other_host(job: Job, host: str, *, within: float = 40) -> Line:
     """Return the first line that the job wrote on another host than *host*."""
     eventually(
-        lambda: [line for line in lines(job) if line.host != host], within=within, what="a line from elsewhere"
+        lambda: [line for line in lines(job) if line.host != host],
+        within=within,
+        what="a line from elsewhere",
     )
     return next(line for line in lines(job) if line.host != host)
 

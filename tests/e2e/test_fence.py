@@ -37,7 +37,9 @@ def assert_one_copy(job: Job, first: str) -> None:
     )
 
 
-def test_a_copy_that_is_cut_off_stops_before_the_next_begins_and_never_goes_on(cluster_to_break: Cluster) -> None:
+def test_a_copy_that_is_cut_off_stops_before_the_next_begins_and_never_goes_on(
+    cluster_to_break: Cluster,
+) -> None:
     job = clocked.start(cluster_to_break)
     first = job.node
     cut = time.time()

@@ -47,7 +47,9 @@ def test_a_job_is_moved_to_the_node_of_choice_and_away_from_it_again(cluster_to_
 def test_a_held_job_waits_until_it_is_released(cluster_to_break: Cluster) -> None:
     job = clocked.start(cluster_to_break)
     outlast(cluster_to_break, "hold", job.id)
-    eventually(lambda: job.facts()["Reason"] == "job_requeued_in_held_state", within=20, what="the job is held")
+    eventually(
+        lambda: job.facts()["Reason"] == "job_requeued_in_held_state", within=20, what="the job is held"
+    )
     outlast(cluster_to_break, "release", job.id)
     job.wait_for("restored", within=40)
 
@@ -81,6 +83,7 @@ def test_a_job_goes_on_from_the_checkpoint_of_choice(cluster_to_break: Cluster) 
 
 def test_what_is_requeued_by_slurm_is_saved_first(cluster_to_break: Cluster) -> None:
     job = cluster_to_break.submit(clocked.SCRIPT, checkpoint="1h")
+    job.wait_for("started")
     eventually(lambda: len(clocked.lines(job)) > 20, within=30, what="twenty lines")
     job.requeue()
     job.wait_for("restored", within=40)

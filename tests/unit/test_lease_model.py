@@ -125,7 +125,9 @@ class NeverTwoCopies(RuleBasedStateMachine):
         """Nothing happens for a while."""
         self.now += seconds
 
-    @rule(data=st.data(), what=st.sampled_from(["reaches_store", "reaches_scheduler", "manager_stands_still"]))
+    @rule(
+        data=st.data(), what=st.sampled_from(["reaches_store", "reaches_scheduler", "manager_stands_still"])
+    )
     def something_breaks_or_heals(self, data: st.DataObject, what: str) -> None:
         """A link of a node, or its manager."""
         copy = data.draw(st.sampled_from(self.copies))

@@ -367,7 +367,12 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     ]
     leases = [
         LeaseView(
-            Lease(JobKey("c", job_id), draw(EPOCHS), draw(st.sampled_from([*NODES, *NODES, "_", "_lifted"])), 2000),
+            Lease(
+                JobKey("c", job_id),
+                draw(EPOCHS),
+                draw(st.sampled_from([*NODES, *NODES, "_", "_lifted"])),
+                2000,
+            ),
             draw(st.sampled_from([0.0, 5.0, 5.1, 20.0, 61.0, 301.0])),
         )
         for job_id in JOBS

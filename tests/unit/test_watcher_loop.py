@@ -51,7 +51,8 @@ class Site:
         keys = {"cycle": 0.1, "exclude": 60, "silent": 0.4, **watcher}
         lines = [f"{key} = {value}" for key, value in keys.items()]
         (here / "outlast.toml").write_text(
-            f'cluster = "c"\n[store]\nurl = "file://{here}/store"\nkey = "{here}/no.key"\n[lease]\nrenew = 0.1\nttl = 1.0\n'
+            f'cluster = "c"\n[store]\nurl = "file://{here}/store"\nkey = "{here}/no.key"\n'
+            "[lease]\nrenew = 0.1\nttl = 1.0\n"
             f'[watcher]\nsocket = "{here}/run/watcher.sock"\n' + "\n".join(lines) + "\n"
         )
         self.config: Config = read_config(here / "outlast.toml")

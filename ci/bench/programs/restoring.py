@@ -103,7 +103,8 @@ def make(mib: int) -> None:
             criu.dump(capsule, images, lambda: None, mode="forked") as result,
             open_store(config.store) as store,
         ):
-            meta = {"node": socket.gethostname(), "files": [], "passed": [], "criu": result.criu_version}
+            meta: dict[str, Any] = {"node": socket.gethostname(), "files": [], "passed": []}
+            meta |= {"criu": result.criu_version}
             meta |= {"epoch": 0, "seq": 1, "time": time.time(), "uid": _USER, "pause_ms": 0.0}
             store.publish(JobKey("bench", str(mib)), CheckpointId(0, 1), images, meta, result.memories)
         capsule.kill()

@@ -95,7 +95,7 @@ WORKS: tuple[Kind, ...] = (
         "shared-named",
         MEMORY,
         "shared memory of /dev/shm that still has its name",
-        note="only on the node where it is: the content is not in the checkpoint",
+        note="its content goes with the checkpoint",
     ),
     Kind("memfd", MEMORY, "memfd"),
     _c("sysv", MEMORY, "SysV shared memory, semaphores, message queues"),
@@ -154,7 +154,7 @@ WORKS: tuple[Kind, ...] = (
         needs="mpirun",
         long=True,
         exit_code=0,
-        note="only on the node where it runs: its shared files are not in the checkpoint",
+        note="its shared files go with the checkpoint",
     ),
     Kind(
         "go",
