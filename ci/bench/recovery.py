@@ -52,6 +52,11 @@ def _recover(bench: Bench, bed: Bed, *, watched: bool) -> dict[str, float]:
     # Later by a part of the interval that differs from round to round.
     time.sleep(0.3 * (int(job_id) % 7))
     node = bed.output("ctl", ["squeue", "-h", "-j", job_id, "-o", "%N"]).strip()
+    if {where for _, _, where in _lines(out)} != {node}:
+        bench.say(f"job {job_id}: Slurm had it start twice, as it does on a node that came back; once more")
+        bed.output("ctl", ["scancel", job_id])
+        bed.start_nodes()
+        return _recover(bench, bed, watched=watched)
     if not watched:
         bed.output("ctl", ["kill", "-STOP", *watcher], root=True)
     begin = time.time()

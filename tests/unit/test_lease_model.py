@@ -238,7 +238,7 @@ class TestNeverTwoCopies(NeverTwoCopies.TestCase):  # type: ignore[misc, valid-t
     """No order of events makes two copies compute at once."""
 
     settings = settings(
-        max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
     )
 
 

@@ -399,7 +399,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(NOW, tuple(leases), tuple(jobs), tuple(nodes), probes, tuple(done), quiet)
 
 
-@pytest.mark.parametrize("kind", [MarkDown, Requeue, Exclude, Hasten, Readmit, DropLease])
+@pytest.mark.parametrize("kind", [MarkDown, Requeue, Exclude, Readmit, DropLease])
 def test_the_snapshots_below_lead_to_every_action(kind: type) -> None:
     find(
         snapshots(),
