@@ -143,6 +143,7 @@ WORKS: tuple[Kind, ...] = (
             "echo ready; seq 0 100000 | parallel --will-cite -k -j2 'sleep 0.02; echo tick {} ok'",
         ),
         needs="parallel",
+        long=True,
         exit_code=None,
     ),
     Kind(
