@@ -1,4 +1,5 @@
-/*
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
  * Loaded into `criu restore`: makes the root of the restored tree a subreaper before there are orphans.
  *
  * CRIU gives the flag back too, but after the processes that stand in for dead session leaders have ended. A daemon
