@@ -280,10 +280,10 @@ def test_frames_in_another_order_are_refused(
 def test_record_that_was_edited_or_moved_is_refused(
     config: StoreConfig, store: Store, job: JobKey, top: Path
 ) -> None:
-    store.put_record(job, "start", {"uid": 2000, "argv": ["lu"], "files": [{"path": "/x", "size": 0}]})
+    store.put_record(job, "start", {"uid": 2000, "argv": ["lu-factorization"], "files": [{"path": "/x", "size": 0}]})
     record = top / "jobs/testbed/17/records/start.json"
     whole = record.read_bytes()
-    assert b"lu" not in whole
+    assert b"lu-factorization" not in whole
     for forged in (
         whole.replace(b"2000", b"2001"),
         whole.replace(b'"data":"', b'"data":"A'),
@@ -305,7 +305,7 @@ def test_record_that_was_edited_or_moved_is_refused(
 def test_without_the_key_checkpoints_can_be_listed_and_nothing_else(
     config: StoreConfig, job: JobKey, source: Path, tmp_path: Path, store: Store
 ) -> None:
-    store.put_record(job, "start", {"uid": 2000, "argv": ["lu"]})
+    store.put_record(job, "start", {"uid": 2000, "argv": ["lu-factorization"]})
     with open_store(dataclasses.replace(config, key=tmp_path / "absent")) as watcher:
         seen = watcher.checkpoints(job)
         assert [checkpoint.id for checkpoint in seen] == [SECOND, FIRST]
