@@ -280,7 +280,9 @@ def test_frames_in_another_order_are_refused(
 def test_record_that_was_edited_or_moved_is_refused(
     config: StoreConfig, store: Store, job: JobKey, top: Path
 ) -> None:
-    store.put_record(job, "start", {"uid": 2000, "argv": ["lu-factorization"], "files": [{"path": "/x", "size": 0}]})
+    store.put_record(
+        job, "start", {"uid": 2000, "argv": ["lu-factorization"], "files": [{"path": "/x", "size": 0}]}
+    )
     record = top / "jobs/testbed/17/records/start.json"
     whole = record.read_bytes()
     assert b"lu-factorization" not in whole
