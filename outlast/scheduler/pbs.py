@@ -8,7 +8,6 @@ import os
 import pwd
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 
 from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobState, SchedulerJob, SchedulerNode
-from outlast.scheduler import SchedulerRefused, SchedulerUnavailable
+from outlast.scheduler import SchedulerRefused
+from outlast.scheduler._command import ask
 
 log = logging.getLogger(__name__)
 
@@ -258,28 +258,7 @@ class PbsScheduler:
 
     def _run(self, command: Sequence[str]) -> str:
         argv = [self._programs[command[0]], *command[1:]]
-        try:
-            done = subprocess.run(
-                argv,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self._timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise SchedulerUnavailable(f"{command[0]}: no answer within {self._timeout:g} s") from None
-        except OSError as error:
-            raise SchedulerUnavailable(f"{argv[0]}: {error.strerror}") from None
-        if done.returncode == 0:
-            return done.stdout
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode} and no word"]
-        words = "; ".join(lines)
-        if _NO_ANSWER.search(words):
-            raise SchedulerUnavailable(f"{command[0]}: {words}")
-        raise SchedulerRefused(f"{' '.join(command)}: {words}")
+        return ask(command, argv, self._environment, self._timeout, _NO_ANSWER)
 
 
 def _which(name: str) -> str:
