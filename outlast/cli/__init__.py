@@ -1,0 +1,79 @@
+"""The command line: parse, call one function, turn its error into text and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import outlast
+from outlast.cli import _here, _jobs, _site
+from outlast.cli._common import EXIT_CODES
+from outlast.config import DEFAULT_PATH
+from outlast.errors import OutlastError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="outlast",
+        description=outlast.__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE")
+    parser.add_argument("--debug", action="store_true", help="log more, and show where an error arose")
+    parser.add_argument("--version", action="version", version=f"outlast {outlast.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], None], *, shown: bool = True
+    ) -> argparse.ArgumentParser:
+        text = run.__doc__ or ""
+        form: dict[str, Any] = {"help": text.splitlines()[0]} if shown else {}
+        sub = commands.add_parser(
+            name,
+            description=text,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **form,
+        )
+        sub.set_defaults(run=run, verb=name)
+        sub.add_argument("--store", metavar="DIR|URL", help="use this store, not the configured one")
+        return sub
+
+    for verbs in (_jobs, _here, _site):
+        verbs.add(verb)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``outlast`` command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO,
+        format="%(asctime)s outlast: %(message)s"
+        if args.verb in ("manager", "watcher")
+        else "outlast: %(message)s",
+    )
+    logging.getLogger("paramiko").setLevel(logging.WARNING)
+    try:
+        args.run(args)
+    except OutlastError as error:
+        if args.debug:
+            raise
+        print(f"outlast: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"outlast: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not complain of it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,76 @@
+"""The verbs for those who operate a site: services, the store, the state of a machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from outlast import storekeeper
+from outlast.cli._common import AddVerb, config_of, print_json, with_json
+from outlast.config import Config, read_config
+from outlast.errors import ConfigError
+
+
+def add(verb: AddVerb) -> None:
+    """Add these verbs."""
+    with_json(verb("doctor", _doctor))
+    verb("watcher", _watcher)
+    sub = verb("launcher", _launcher)
+    sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
+    sub.add_argument("--port", type=int, default=0, help="and at this port: any that is free")
+    sub.add_argument("--socket", type=Path, metavar="PATH", help="or at this UNIX socket, for a proxy")
+    sub.add_argument("--origin", metavar="URL", help="the proxy's own address: https://ood.example.org")
+    sub.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate")
+    sub.add_argument("--tls-key", type=Path, metavar="FILE", help="and this key")
+    sub.add_argument("--token-file", type=Path, metavar="FILE", help="take the token from here, print none")
+    storekeeper.add_verbs(verb("store", _store))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    """Check that this machine can do its part, and say how to mend what it cannot."""
+    from outlast import doctor
+
+    findings = doctor.examine(args.config)
+    if args.json:
+        print_json({"findings": [dataclasses.asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            print(f"{finding.verdict:<5} {finding.what}: {finding.fact}")
+            if finding.remedy:
+                print(f"      {finding.remedy}")
+    if any(finding.verdict == "FAIL" for finding in findings):
+        sys.exit(1)
+
+
+def _watcher(args: argparse.Namespace) -> None:
+    """Watch the cluster's checkpointed jobs, and have those that are lost run again."""
+    from outlast import watcher
+
+    watcher.run(config_of(args))
+
+
+def _launcher(args: argparse.Namespace) -> None:
+    """Serve a web page for your jobs: submit, watch, and what they print."""
+    from outlast import launcher
+
+    try:
+        config = read_config(args.config)
+    except ConfigError:
+        config = Config()  # a user may not be allowed to read the file
+    options = launcher.Options(
+        host=args.host,
+        port=args.port,
+        socket=args.socket,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        origin=args.origin,
+        token_file=args.token_file,
+    )
+    launcher.serve(config, options, lambda line: print(line, flush=True))
+
+
+def _store(args: argparse.Namespace) -> None:
+    """Make the key of the checkpoint store; check, tidy and measure it (for root on a node)."""
+    storekeeper.run(config_of(args), args, print)
