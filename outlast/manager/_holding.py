@@ -84,8 +84,12 @@ class Takeover:
 
 
 def _is_in_the_way(lease: Lease, mine: Lease) -> bool:
-    """Whether a lease is of a run that may still be running, and of which nobody knows that it is lost."""
-    return lease != mine and not lease.is_fence and lease.epoch <= mine.epoch
+    """Whether a lease leaves it open that an earlier run is still running.
+
+    A fence speaks for the run that it was put up before, and for no later one: by then the run before it may not
+    have stopped yet, and the run that it let begin may have done so.
+    """
+    return lease != mine and lease.epoch <= mine.epoch and not (lease.is_fence and lease.epoch == mine.epoch)
 
 
 class Holding:

@@ -61,7 +61,7 @@ class Leases:
                 continue
             age = max(0.0, now - entry.mtime - self._backend.mtime_step)
             found = newest.get(lease.job)
-            if found is None or (lease.epoch, -age) > (found.lease.epoch, -found.age):
+            if found is None or _rank(lease, age) > _rank(found.lease, found.age):
                 newest[lease.job] = LeaseView(lease, age, entry.size)
         return sorted(newest.values(), key=lambda view: view.lease.job)
 
@@ -78,6 +78,11 @@ class Leases:
     def _of(self, job: JobKey) -> list[Lease]:
         found = (_lease(job.cluster, entry.name) for entry in self._backend.list(f"leases/{job.cluster}"))
         return [lease for lease in found if lease is not None and lease.job == job]
+
+
+def _rank(lease: Lease, age: float) -> tuple[int, bool, float]:
+    """What makes one lease of a job count rather than another; a run that holds one hides the fence before it."""
+    return lease.epoch, not lease.is_fence, -age
 
 
 def _name(lease: Lease) -> str:

@@ -242,7 +242,8 @@ class TestNeverTwoCopies(NeverTwoCopies.TestCase):  # type: ignore[misc, valid-t
     )
 
 
-def test_a_lost_run_is_followed_by_another_in_the_model() -> None:
+def behind_a_fence() -> tuple[NeverTwoCopies, Copy, Copy]:
+    """A first run that computes and is taken for lost, and a second that the scheduler has started."""
     world = NeverTwoCopies()
     first = world.copies[0]
     first.takeover.step(first.view, lambda: world.now)
@@ -252,7 +253,41 @@ def test_a_lost_run_is_followed_by_another_in_the_model() -> None:
     world.the_watcher_puts_up_a_fence()
     world.state, world.node = JobState.RUNNING, "n2"
     world._start(1.0)
-    second = world.copies[1]
+    return world, first, world.copies[1]
+
+
+def third_run(world: NeverTwoCopies) -> Copy:
+    """The scheduler takes the second run for lost as well, and starts a third."""
+    world.state, world.epoch, world.node = JobState.RUNNING, 2, "n3"
+    world._start(1.0)
+    return world.copies[2]
+
+
+def test_a_fence_before_the_second_run_lets_no_third_begin_while_the_first_computes() -> None:
+    world, first, _ = behind_a_fence()
+    third = third_run(world)
+
+    assert third.takeover.step(third.view, lambda: world.now) > 0
+    while world._runs(first):
+        assert third.takeover.step(third.view, lambda: world.now) > 0
+        world.now += 0.1
+    world.now += TTL
+    assert third.takeover.step(third.view, lambda: world.now) == 0.0
+
+
+def test_a_fence_that_is_lifted_late_does_not_hide_the_run_that_began_behind_it() -> None:
+    world, _, second = behind_a_fence()
+    world.now += TTL + 2.0
+    assert second.takeover.step(second.view, lambda: world.now) == 0.0
+    world.the_watcher_lifts_fences()
+    third = third_run(world)
+
+    assert [view.lease for view in world.watcher.leases("c")] == [second.lease]
+    assert third.takeover.step(third.view, lambda: world.now) > 0
+
+
+def test_a_lost_run_is_followed_by_another_in_the_model() -> None:
+    world, first, second = behind_a_fence()
 
     assert second.takeover.step(second.view, lambda: world.now) > 0
     world.now += TTL
