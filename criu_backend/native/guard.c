@@ -186,6 +186,16 @@ static int open_feed(void)
 	return fd;
 }
 
+/* Whether DIRECTORY/guard is the FIFO read here. When a slow start had another guard started, that one put its
+ * own in the place, it alone hears the manager, and this one would stop the job for good. */
+static int in_charge(int feed)
+{
+	struct stat mine, named;
+
+	return fstat(feed, &mine) || fstatat(directory, "guard", &named, 0) ||
+	       (mine.st_ino == named.st_ino && mine.st_dev == named.st_dev);
+}
+
 int main(int argc, char **argv)
 {
 	unsigned long long start = 0;
@@ -249,6 +259,8 @@ int main(int argc, char **argv)
 			arm(timer, deadline);
 			continue;
 		}
+		if (!in_charge(feed))
+			return 0;
 		if (frozen)
 			signal_all(SIGSTOP); /* in case somebody let it go on */
 		else if (!look(0)) {

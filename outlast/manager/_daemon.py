@@ -331,8 +331,7 @@ class Manager:
     def _take_over(
         self, run: Run, say: Callable[[str], None] = lambda _: None, end: float | None = None
     ) -> None:
-        """Guard and checkpoint the running job from now on, and see to its end."""
-        self._guard(run)
+        """Checkpoint the running job from now on, and see to its end."""
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
         if (
@@ -548,6 +547,7 @@ class Manager:
             shutil.rmtree(images, ignore_errors=True)
         self._holding = self._hold_lease(run)
         self._leased.set()
+        self._guard(run)
         self._take_over(run)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Guard:
         self._capsule = capsule
         self._peer = peer
         self._program = program
+        self._lock = threading.Lock()  # two threads that find no guard would start two
 
     def allow(self, until: float | None) -> None:
         """Let the job run until *until* (`boottime`), or with None for as long as it likes.
@@ -45,10 +47,11 @@ class Guard:
             OutlastError: there is no guard, and none could be started.
         """
         stamp = _FOREVER if until is None else max(1, int(until * 1e9))
-        if not self._feed(stamp) and self._capsule.alive:
-            self._start()
+        with self._lock:
             if not self._feed(stamp) and self._capsule.alive:
-                raise OutlastError(f"{self._program}: ended at once; its log is the manager's")
+                self._start()
+                if not self._feed(stamp) and self._capsule.alive:
+                    raise OutlastError(f"{self._program}: ended at once; its log is the manager's")
 
     @property
     def frozen(self) -> bool:

@@ -132,11 +132,9 @@ class Holding:
 
     def watch(self, guard: Guard) -> None:
         """Have *guard* stop the job from now on whenever the lease runs out."""
-        first = self._guard is None
         self._guard = guard
         self._allow()
-        if first:
-            threading.Thread(target=self._seek_witness, name="witness", daemon=True).start()
+        threading.Thread(target=self._seek_witness, name="witness", daemon=True).start()
 
     def is_disowned(self) -> bool:
         """Whether the job stands still, and the scheduler says that this run of it is over.
