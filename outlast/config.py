@@ -1,18 +1,16 @@
-"""Site configuration: one TOML file, read once, checked whole before anything runs."""
+"""Site configuration: a TOML file and those in conf.d beside it, checked whole before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import socket
-import tomllib
-import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from outlast.errors import ConfigError, OutlastError
-from outlast.model import parse_interval
+from outlast._toml import Origins, load
 
 _SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)")
 DEFAULT_PATH = Path("/etc/outlast/outlast.toml")
@@ -136,7 +134,7 @@ class WatcherConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The whole file; every key has a default but `store.url`."""
+    """All of it; every key has a default but `store.url`."""
 
     cluster: str = dataclasses.field(default_factory=lambda: socket.gethostname().split(".")[0])
     scheduler: str = "slurm"  # or "pbs"
@@ -151,69 +149,42 @@ class Config:
             raise ValueError(f'scheduler = "{self.scheduler}": must be "slurm" or "pbs"')
 
 
+def config_files(path: Path = DEFAULT_PATH) -> list[Path]:
+    """Return the files that make up the configuration, in order: *path*, and `conf.d/*.toml` beside it."""
+    return [path, *sorted((path.parent / "conf.d").glob("*.toml"))]
+
+
 def read_config(path: Path = DEFAULT_PATH) -> Config:
-    """Read *path* and check every key of it.
+    """Read *path*, then `conf.d/*.toml` beside it by name, of which a later one wins; check every key.
 
     Raises:
-        ConfigError: the file cannot be read or is no TOML, a key is unknown, or a value is of the wrong
-            kind or out of range. The message names the file, the table, the key and what is allowed.
+        ConfigError: a file cannot be read or is no TOML, a key is unknown, or a value is of the wrong kind or
+            out of range. The message names the file, the line, the table, the key and what is allowed.
     """
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file", hint="write one: docs/install.md shows the five lines"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"{path}: {error}", hint="the file is TOML: key = value, in tables such as [store]"
-        ) from None
-    return typing.cast(Config, _build(Config, table, path, ""))
+    return load(Config, config_files(path))[0]
 
 
-def _build(cls: type[Any], table: dict[str, Any], path: Path, where: str) -> object:
-    """Make a *cls* of *table*, which stands in *path* under *where* ("" or "[store] ")."""
-    kinds = typing.get_type_hints(cls)
-    if unknown := sorted(set(table) - set(kinds)):
-        raise ConfigError(
-            f"{path}: {where}{unknown[0]}: no such key", hint=f"the keys are {', '.join(sorted(kinds))}"
-        )
-    values = {}
-    for key, value in table.items():
-        kind = kinds[key]
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{path}: {key}: must be a table", hint=f"write [{key}] and its keys below it"
-                )
-            values[key] = _build(typing.cast(type[Any], kind), value, path, f"[{key}] ")
+def explain_config(path: Path = DEFAULT_PATH) -> dict[str, tuple[object, str]]:
+    """Return every key with its value, as `read_config` has it, and where it stands: a file and line, or "default".
+
+    No secret is among them: of keys only the files' names, of an address not its password.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    config, origins = load(Config, config_files(path))
+    return dict(_explained(config, origins, ()))
+
+
+def _explained(
+    table: object, origins: Origins, where: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[object, str]]]:
+    for field in dataclasses.fields(typing.cast(Any, table)):
+        name, value = (*where, field.name), getattr(table, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _explained(value, origins, name)
         else:
-            values[key] = _value(kind, value, f"{path}: {where}{key}")
-    try:
-        return cls(**values)
-    except OutlastError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{path}: {where}{error}") from None
-
-
-def _value(kind: type | types.UnionType, value: object, where: str) -> object:
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (int, float) and isinstance(value, str):
-        try:
-            return parse_interval(value)
-        except OutlastError as error:
-            raise ConfigError(f"{where}: {error}", hint=error.hint) from None
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
-        return value
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    raise ConfigError(f"{where} = {value!r}: must be {words.get(typing.cast(type, kind), str(kind))}")
+            if isinstance(value, str):
+                value = re.sub(r"(?<=://)([^:@/]*):[^@/]*@", r"\1:***@", value)
+            shown = str(value) if isinstance(value, Path) else value
+            yield ".".join(name), (shown, str(origins.get(name, "default")))

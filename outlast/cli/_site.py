@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 from outlast import storekeeper
 from outlast.cli._common import AddVerb, config_of, print_json, with_json
-from outlast.config import Config, read_config
+from outlast.config import Config, config_files, explain_config, read_config
 from outlast.errors import ConfigError
 
 
 def add(verb: AddVerb) -> None:
     """Add these verbs."""
     with_json(verb("doctor", _doctor))
+    sub = with_json(verb("config", _config))
+    sub.add_argument("action", choices=("check", "show"))
     verb("watcher", _watcher)
     sub = verb("launcher", _launcher)
     sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
@@ -42,6 +45,27 @@ def _doctor(args: argparse.Namespace) -> None:
                 print(f"      {finding.remedy}")
     if any(finding.verdict == "FAIL" for finding in findings):
         sys.exit(1)
+
+
+def _config(args: argparse.Namespace) -> None:
+    """Check the configuration's files, or show every key: its value, and where that comes from."""
+    if args.action == "check":
+        read_config(args.config)
+        paths = [str(path) for path in config_files(args.config)]
+        print_json({"ok": True, "files": paths}) if args.json else print(f"{', '.join(paths)}: in order")
+        return
+    found = explain_config(args.config)
+    if args.json:
+        print_json({key: {"value": value, "from": origin} for key, (value, origin) in found.items()})
+        return
+    table = ""
+    for key, (value, origin) in sorted(found.items(), key=lambda one: "." in one[0]):
+        *tables, name = key.split(".")
+        if ".".join(tables) != table:
+            table = ".".join(tables)
+            print(f"\n[{table}]")
+        # What is printed can be read as a file again: JSON's texts and numbers are TOML's too.
+        print(f"{f'{name} = {json.dumps(value)}':<48} # {origin}")
 
 
 def _watcher(args: argparse.Namespace) -> None:
