@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,14 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, act: Callable[[Config, argparse.Namespace], Any]) -> argparse.ArgumentParser:
-        text = act.__doc__ or ""
-        sub = verbs.add_parser(name, help=text.splitlines()[0], description=text)
+        text = inspect.cleandoc(act.__doc__ or "")
+        sub = verbs.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            epilog=parser.epilog,
+            formatter_class=parser.formatter_class,
+        )
         sub.set_defaults(act=act)
         sub.add_argument("--json", action="store_true", help="print one JSON value")
         return sub

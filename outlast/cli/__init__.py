@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import json
 import logging
 import os
 import sys
@@ -11,30 +13,42 @@ from pathlib import Path
 from typing import Any
 
 import outlast
-from outlast.cli import _here, _jobs, _site
+from outlast.cli import _here, _jobs, _site, _views
 from outlast.cli._common import EXIT_CODES
 from outlast.config import DEFAULT_PATH
 from outlast.errors import OutlastError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _JsonLines(logging.Formatter):
+    """A log as JSON, one value a line; times are Unix times."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        value: dict[str, Any] = {"time": record.created, "level": record.levelname.lower()}
+        value["message"] = record.getMessage()
+        if record.exc_info:
+            value["trace"] = self.formatException(record.exc_info)
+        return json.dumps(value)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = argparse.ArgumentParser(
         prog="outlast",
         description=outlast.__doc__,
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE")
-    parser.add_argument("--debug", action="store_true", help="log more, and show where an error arose")
-    parser.add_argument("--version", action="version", version=f"outlast {outlast.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    whole.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE")
+    whole.add_argument("--debug", action="store_true", help="log more, and show where an error arose")
+    whole.add_argument("--version", action="version", version=f"outlast {outlast.__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
     def verb(
         name: str, run: Callable[[argparse.Namespace], None], *, shown: bool = True
     ) -> argparse.ArgumentParser:
-        text = run.__doc__ or ""
+        text = inspect.cleandoc(run.__doc__ or "")
         form: dict[str, Any] = {"help": text.splitlines()[0]} if shown else {}
         sub = commands.add_parser(
             name,
@@ -47,26 +61,33 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--store", metavar="DIR|URL", help="use this store, not the configured one")
         return sub
 
-    for verbs in (_jobs, _here, _site):
+    for verbs in (_jobs, _views, _here, _site):
         verbs.add(verb)
-    return parser
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``outlast`` command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
         format="%(asctime)s outlast: %(message)s"
         if args.verb in ("manager", "watcher")
         else "outlast: %(message)s",
     )
+    if args.verb == "watcher" and args.json:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JsonLines())
     logging.getLogger("paramiko").setLevel(logging.WARNING)
     try:
         args.run(args)
     except OutlastError as error:
         if args.debug:
             raise
+        if getattr(args, "json", False):
+            fault = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
+            print(json.dumps(fault), file=sys.stderr)
+            return error.exit_code
         print(f"outlast: {error}", file=sys.stderr)
         if error.hint:
             print(f"outlast: {error.hint}", file=sys.stderr)

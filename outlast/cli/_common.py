@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -32,6 +33,7 @@ exit codes:
 """
 
 RUNTIME = Path("/run/outlast/jobs")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class AddVerb(Protocol):
@@ -112,6 +114,12 @@ def print_json(value: object) -> None:
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print *rows* under *head*, each column as wide as it must be."""
     texts = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(*texts, strict=True)]
     for row in texts:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        cells = (text + " " * (width - _width(text)) for text, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _width(text: str) -> int:
+    """Return how many characters of *text* are seen: colors are not."""
+    return len(_COLOR.sub("", text))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from outlast import terminal
 from outlast.cli._common import AddVerb, config_of, print_json, with_json
 from outlast.errors import ConfigError, OutlastError, UsageError
 from outlast.model import JobKey, parse_checkpoint_name, parse_interval
@@ -15,7 +17,7 @@ from outlast.model import JobKey, parse_checkpoint_name, parse_interval
 
 def add(verb: AddVerb) -> None:
     """Add these verbs."""
-    sub = verb("recover", _recover)
+    sub = with_json(verb("recover", _recover))
     sub.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="such as 17@1.4, or 17 for the newest of job 17"
     )
@@ -23,7 +25,7 @@ def add(verb: AddVerb) -> None:
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
     )
-    sub = verb("run", _run)
+    sub = with_json(verb("run", _run))
     sub.add_argument(
         "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
     )
@@ -63,7 +65,14 @@ def _run(args: argparse.Namespace) -> None:
         Path(args.store).mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_key(config.store.key)
     name = args.name or f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+    _announce(args, job=name)
     hooks.run_standalone(args.config, config.store.url, name, args.interval, command, first=args.name is None)
+
+
+def _announce(args: argparse.Namespace, **facts: object) -> None:
+    """With --json, tell which job begins; on standard error, since standard output is the command's."""
+    if args.json:
+        print(json.dumps(facts), file=sys.stderr, flush=True)
 
 
 def _make_key(path: Path) -> None:
@@ -85,6 +94,7 @@ def _recover(args: argparse.Namespace) -> None:
     config = config_of(args)
     name = args.name or f"recover-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
     uid, argv = foreign.adopt(config, args.checkpoint, name)
+    _announce(args, job=name, checkpoint=args.checkpoint, uid=uid, argv=argv)
     hooks.run_standalone(args.config, config.store.url, name, args.interval, argv, first=False, uid=uid)
 
 
@@ -97,7 +107,8 @@ def _verify(args: argparse.Namespace) -> None:
 
     job_id, id_ = parse_checkpoint_name(args.checkpoint)
     config = config_of(args)
-    found = verify(config, JobKey(config.cluster, job_id), id_)
+    with terminal.progress(f"{args.checkpoint}: fetched and restored"):
+        found = verify(config, JobKey(config.cluster, job_id), id_)
     if args.json:
         print_json(found)
     elif found["ok"]:

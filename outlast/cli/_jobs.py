@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outlast import control
+from outlast import control, terminal
 from outlast.cli._common import (
     RUNTIME,
     AddVerb,
@@ -26,6 +26,7 @@ from outlast.errors import OutlastError, UsageError
 from outlast.model import parse_checkpoint_name
 
 _CHECKPOINT_SECONDS = 600.0
+_LEAVING_SECONDS = 900.0
 
 
 def add(verb: AddVerb) -> None:
@@ -39,14 +40,18 @@ def add(verb: AddVerb) -> None:
         if name != "status":
             more: dict[str, Any] = {"nargs": "?"} if name == "checkpoint" else {}
             sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17", **more)
+    sub = with_json(verb("show", _show))
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="its name, such as 17@1.4")
     for name, run in (("migrate", _migrate), ("hold", _hold), ("release", _release)):
-        sub = verb(name, run)
+        sub = with_json(verb(name, run))
         sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
         if name == "migrate":
             sub.add_argument("--to", metavar="NODE", help="this node; else the scheduler chooses")
-    sub = verb("restart", _restart)
+    sub = with_json(verb("restart", _restart))
     sub.add_argument("job", metavar="JOB|CHECKPOINT", help="17, or 17@0.4 for an older checkpoint")
-    verb("drain", _drain).add_argument("node", metavar="NODE")
+    sub = with_json(verb("drain", _drain))
+    sub.add_argument("node", metavar="NODE")
+    sub.add_argument("--wait", action="store_true", help="until all of them have left it")
     sub = with_json(verb("explain", _explain))
     sub.add_argument("job", metavar="JOB|PID", help="a job on this node, or as root any process")
 
@@ -61,7 +66,7 @@ def _status(args: argparse.Namespace) -> None:
         (
             job["job_id"],
             job["name"],
-            job["state"],
+            terminal.state(job["state"]),
             ",".join(job["nodes"]) or "-",
             job["epoch"],
             job["checkpoints"],
@@ -100,7 +105,8 @@ def _events(args: argparse.Namespace) -> None:
         print_json({"events": events})
         return
     for event in events:
-        print(f"{moment(event['time'])}  {event['node']:<8} {event['event']:<18} {event['text']}")
+        word = terminal.event(f"{event['event']:<18}")
+        print(f"{moment(event['time'])}  {event['node']:<8} {word} {event['text']}")
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
@@ -125,14 +131,15 @@ def _checkpoint(args: argparse.Namespace) -> None:
     failures = _failures(args)
     ask(args, {"op": "checkpoint", "job": args.job})
     deadline = time.monotonic() + _CHECKPOINT_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        newest = ask(args, {"op": "list", "job": args.job})["checkpoints"]
-        if newest and newest[0]["name"] not in before:
-            print_json(newest[0]) if args.json else print(newest[0]["name"])
-            return
-        if len(failed := _failures(args)) > len(failures):
-            raise OutlastError(failed[-1]["text"], hint=failed[-1].get("hint"))
+    with terminal.progress(f"job {args.job}: dumped and uploaded"):
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            newest = ask(args, {"op": "list", "job": args.job})["checkpoints"]
+            if newest and newest[0]["name"] not in before:
+                print_json(newest[0]) if args.json else print(newest[0]["name"])
+                return
+            if len(failed := _failures(args)) > len(failures):
+                raise OutlastError(failed[-1]["text"], hint=failed[-1].get("hint"))
     raise OutlastError(
         f"job {args.job}: no checkpoint within {_CHECKPOINT_SECONDS:.0f} s",
         hint=f"'outlast events {args.job}' says what it does",
@@ -158,21 +165,52 @@ def _checkpoint_here(args: argparse.Namespace, manager: Path) -> None:
     raise OutlastError(f"job {args.job}: no checkpoint within {_CHECKPOINT_SECONDS:.0f} s")
 
 
+def _show(args: argparse.Namespace) -> None:
+    """Show one checkpoint: when, where and how it was made, what it takes, and who went on from it."""
+    job_id, _ = parse_checkpoint_name(args.checkpoint)
+    one = dict(ask(args, {"op": "show", "job": job_id, "checkpoint": args.checkpoint})["checkpoint"])
+    if args.json:
+        print_json(one)
+        return
+    facts = [
+        ("checkpoint", one["name"] + (", pinned" if one["pinned"] else "")),
+        ("made", f"{moment(one['created'])} on {one['node']}, {age(one['created'])}"),
+        ("how", f"{one['mode'] or '-'}, by CRIU {one['criu'] or '-'}"),
+        ("stood still", milliseconds(one["pause_ms"])),
+        ("image", size(one["image_bytes"])),
+        ("stored", size(one["stored_bytes"])),
+        ("restored", ", ".join(f"on {r['node']} at {moment(r['time'])}" for r in one["restored"]) or "never"),
+    ]
+    for name, text in facts:
+        print(f"{name:<12} {text}")
+
+
 def _migrate(args: argparse.Namespace) -> None:
     """Save a running job, and have it go on on another node."""
-    ask(args, {"op": "migrate", "job": args.job, "to": args.to})
-    print(f"job {args.job} is asked to move; 'outlast events {args.job}' shows how it goes")
+    answer = ask(args, {"op": "migrate", "job": args.job, "to": args.to})
+    said = f"job {args.job} is asked to move; 'outlast events {args.job}' shows how it goes"
+    _asked(args, said, request=answer.get("request"), to=args.to)
 
 
 def _hold(args: argparse.Namespace) -> None:
     """Save a running job, and have it wait until it is released."""
-    ask(args, {"op": "hold", "job": args.job})
-    print(f"job {args.job} is asked to stop; 'outlast release {args.job}' lets it go on")
+    answer = ask(args, {"op": "hold", "job": args.job})
+    said = f"job {args.job} is asked to stop; 'outlast release {args.job}' lets it go on"
+    _asked(args, said, request=answer.get("request"))
 
 
 def _release(args: argparse.Namespace) -> None:
     """Let a job that was held go on."""
     ask(args, {"op": "release", "job": args.job})
+    _asked(args, "")
+
+
+def _asked(args: argparse.Namespace, text: str, **facts: object) -> None:
+    """Say what was asked of a job."""
+    if args.json:
+        print_json({"job": args.job, **facts})
+    elif text:
+        print(text)
 
 
 def _restart(args: argparse.Namespace) -> None:
@@ -181,13 +219,38 @@ def _restart(args: argparse.Namespace) -> None:
     name = None
     if "@" in job:
         name, job = job, parse_checkpoint_name(job)[0]
-    print(ask(args, {"op": "restart", "job": job, "checkpoint": name})["checkpoint"])
+    chosen = ask(args, {"op": "restart", "job": job, "checkpoint": name})["checkpoint"]
+    print_json({"job": job, "checkpoint": chosen}) if args.json else print(chosen)
 
 
 def _drain(args: argparse.Namespace) -> None:
     """Take a node out of service, and have its checkpointed jobs go on on others."""
     jobs = ask(args, {"op": "drain", "node": args.node})["jobs"]
+    left = _wait_for_leaving(args, jobs) if args.wait else None
+    if args.json:
+        print_json({"node": args.node, "jobs": jobs, "left": left})
+        return
     print(f"{args.node}: drained; {len(jobs)} jobs move{': ' + ' '.join(jobs) if jobs else ''}")
+
+
+def _wait_for_leaving(args: argparse.Namespace, jobs: Sequence[str]) -> list[str]:
+    """Wait until none of *jobs* is on the node any more; return them. Raises OutlastError."""
+    deadline = time.monotonic() + _LEAVING_SECONDS
+    with terminal.progress(f"jobs leave {args.node}", len(jobs)) as advance:
+        while True:
+            there = {
+                job["job_id"] for job in ask(args, {"op": "status"})["jobs"] if args.node in job["nodes"]
+            }
+            still = [job for job in jobs if job in there]
+            advance(len(jobs) - len(still))
+            if not still:
+                return list(jobs)
+            if time.monotonic() > deadline:
+                raise OutlastError(
+                    f"{args.node}: still there after {_LEAVING_SECONDS:.0f} s: {' '.join(still)}",
+                    hint=f"'outlast events {still[0]}' says why",
+                )
+            time.sleep(0.5)
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from outlast import storekeeper
+from outlast import storekeeper, terminal
 from outlast.cli._common import AddVerb, config_of, print_json, with_json
 from outlast.config import Config, config_files, explain_config, read_config
 from outlast.errors import ConfigError
@@ -19,8 +19,8 @@ def add(verb: AddVerb) -> None:
     with_json(verb("doctor", _doctor))
     sub = with_json(verb("config", _config))
     sub.add_argument("action", choices=("check", "show"))
-    verb("watcher", _watcher)
-    sub = verb("launcher", _launcher)
+    with_json(verb("watcher", _watcher))
+    sub = with_json(verb("launcher", _launcher))
     sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
     sub.add_argument("--port", type=int, default=0, help="and at this port: any that is free")
     sub.add_argument("--socket", type=Path, metavar="PATH", help="or at this UNIX socket, for a proxy")
@@ -40,7 +40,7 @@ def _doctor(args: argparse.Namespace) -> None:
         print_json({"findings": [dataclasses.asdict(finding) for finding in findings]})
     else:
         for finding in findings:
-            print(f"{finding.verdict:<5} {finding.what}: {finding.fact}")
+            print(f"{terminal.verdict(f'{finding.verdict:<5}')} {finding.what}: {finding.fact}")
             if finding.remedy:
                 print(f"      {finding.remedy}")
     if any(finding.verdict == "FAIL" for finding in findings):
@@ -92,7 +92,12 @@ def _launcher(args: argparse.Namespace) -> None:
         origin=args.origin,
         token_file=args.token_file,
     )
-    launcher.serve(config, options, lambda line: print(line, flush=True))
+    launcher.serve(config, options, lambda line: print(_as_json(line) if args.json else line, flush=True))
+
+
+def _as_json(line: str) -> str:
+    """Return what the launcher says as one JSON value; its address under that name."""
+    return json.dumps({"address" if line.startswith("http") else "message": line})
 
 
 def _store(args: argparse.Namespace) -> None:

@@ -55,6 +55,8 @@ class Desk:
                 return self._status(peer)
             case "list":
                 return self._list(peer, request)
+            case "show":
+                return self._show(peer, request)
             case "events":
                 return self._events(peer, request)
             case "checkpoint":
@@ -97,6 +99,28 @@ class Desk:
             job = self._job_of(peer, request, store)
             checkpoints = store.checkpoints(job)
         return {"checkpoints": [_checkpoint_row(job.job_id, one) for one in checkpoints]}
+
+    def _show(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        name = request.get("checkpoint")
+        with self._store() as store:
+            job = self._job_of(peer, request, store)
+            found = [one for one in store.checkpoints(job) if one.id.name(job.job_id) == name]
+            if not found:
+                raise UsageError(
+                    f"{name}: no such checkpoint in the store",
+                    hint=f"'outlast list {job.job_id}' shows which there are",
+                )
+            (one,) = found
+            events = store.events(job)
+            pinned = one.id in store.pins(job)
+        restored = [
+            {"time": event["time"], "node": event["node"]}
+            for event in events
+            if event["event"] == "restored" and event.get("checkpoint") == name
+        ]
+        facts = {key: one.meta.get(key) for key in ("mode", "criu")}
+        row = {**_checkpoint_row(job.job_id, one), **facts, "pinned": pinned, "restored": restored}
+        return {"checkpoint": row}
 
     def _events(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
         with self._store() as store:
