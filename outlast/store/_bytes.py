@@ -35,6 +35,16 @@ def pieces(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
+def block(data: bytes) -> bytes:
+    """Return *data* as SFTP's string: its length, then itself."""
+    return struct.pack(">I", len(data)) + data
+
+
+def text(value: str) -> bytes:
+    """Return *value* as SFTP's string, in UTF-8."""
+    return block(value.encode())
+
+
 def string_at(data: memoryview, offset: int) -> tuple[bytes, int]:
     """Return the string at *offset*, and where it ends."""
     (length,) = struct.unpack_from(">I", data, offset)

@@ -160,26 +160,31 @@ class Checkpoints:
         for checkpoint in self.complete(job):
             try:
                 manifest = self.manifest(job, checkpoint.id)
-                known = known_from(
-                    manifest, (self._trailer(job, manifest, n) for n in range(len(manifest.packs)))
-                )
+                known = known_from(manifest, self._trailers(job, manifest))
                 break
             except (CorruptCheckpoint, FileNotFoundError) as error:
                 _log.warning("pages of an older checkpoint are shipped again: %s", error)
         self._writing = (job, known)
         return known
 
-    def _trailer(self, job: JobKey, manifest: Manifest, number: int) -> Trailer:
-        pack = manifest.packs[number]
-        what = f"{job}: pack {pack.name}"
-        path = pack_path(job, pack.name)
+    def _trailers(self, job: JobKey, manifest: Manifest) -> Iterator[Trailer]:
+        """Yield the trailers of all packs of *manifest*: two looks at all of them, not at one after the other."""
+        packs = manifest.packs
+        names = [f"{job}: pack {pack.name}" for pack in packs]
+        paths = [pack_path(job, pack.name) for pack in packs]
+        ends = [(path, pack.size - FOOTER, FOOTER) for path, pack in zip(paths, packs, strict=True)]
         try:
-            (footer,) = self._backend.read_ranges(path, [(pack.size - FOOTER, FOOTER)])
-            (stored,) = self._backend.read_ranges(path, [trailer_range(footer, pack.size, what)])
+            places = [
+                (path, *trailer_range(footer, pack.size, what))
+                for path, pack, what, footer in zip(
+                    paths, packs, names, self._backend.read_each(ends), strict=True
+                )
+            ]
+            for pack, what, stored in zip(packs, names, self._backend.read_each(places), strict=True):
+                cipher = self._keyring.cipher(pack.key_id, pack.salt, pack_purpose(job, pack.name))
+                yield decode_trailer(cipher, stored, what)
         except EOFError as error:
-            raise CorruptCheckpoint(f"{what}: torn: {error}") from error
-        cipher = self._keyring.cipher(pack.key_id, pack.salt, pack_purpose(job, pack.name))
-        return decode_trailer(cipher, stored, what)
+            raise CorruptCheckpoint(f"{job}: a pack is torn: {error}") from error
 
     def complete(self, job: JobKey) -> list[Checkpoint]:
         """See `Store.checkpoints`."""

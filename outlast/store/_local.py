@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from outlast.errors import StoreRefused, StoreUnavailable
@@ -109,6 +109,11 @@ class LocalBackend:
                 if len(data) < length:
                     raise EOFError(f"{name}: ends before byte {offset + length}")
                 yield data
+
+    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        """See `Backend.read_each`."""
+        for name, offset, length in wanted:
+            yield from self.read_ranges(name, [(offset, length)])
 
     def entry(self, name: str) -> Entry | None:
         """See `Backend.entry`."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import zstandard
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from outlast.errors import CorruptCheckpoint
+from outlast.store._codec import packed, unpacked
 from outlast.store._pages import Hashes, Numbers
 
 MAGIC = b"outlast pack 1\n\0"
@@ -21,11 +20,6 @@ _MARK = b"OLp1"
 FOOTER = _FOOTER.size
 _TRAILER_HEAD = struct.Struct("<II")  # frames, pages
 TRAILER_NUMBER = 0xFFFFFFFF  # in the place of a frame's number
-_RAW, _ZSTD = b"\0", b"\1"
-_WORTH = 0.97  # of its size: what compression must bring a frame to
-_LEVEL = 1
-
-_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,19 @@ class Trailer:
     hashes: Hashes
 
 
-def seal(cipher: AESGCM, number: int, plain: bytes | memoryview, header: bytes | None = None) -> bytes:
-    """Return the stored form of frame *number*: compressed where that is worth it, and encrypted.
+def seal(
+    cipher: AESGCM,
+    number: int,
+    plain: bytes | memoryview,
+    header: bytes | None = None,
+    *,
+    words: bool = False,
+) -> bytes:
+    """Return the stored form of frame *number*: as `packed` makes it, and encrypted.
 
     A number is used once under a key, so it is the nonce. *header* is bound to it, and not in it.
     """
-    compressor = getattr(_local, "compressor", None)
-    if compressor is None:
-        compressor = _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
-    packed: bytes = compressor.compress(plain)
-    body = _ZSTD + packed if len(packed) < _WORTH * len(plain) else b"".join((_RAW, plain))
-    return cipher.encrypt(_nonce(number), body, header)
+    return cipher.encrypt(_nonce(number), packed(plain, words=words), header)
 
 
 def unseal(
@@ -72,18 +68,7 @@ def unseal(
             f"{what}: not what was stored there: damaged, or put there by somebody else",
             hint="use an older checkpoint",
         ) from None
-    if body[:1] == _RAW:
-        return body[1:]
-    decompressor = getattr(_local, "decompressor", None)
-    if decompressor is None:
-        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
-    try:
-        if zstandard.frame_content_size(body[1:]) > largest:
-            raise CorruptCheckpoint(f"{what}: unpacks to more than {largest} bytes")
-        plain: bytes = decompressor.decompress(memoryview(body)[1:], max_output_size=largest)
-    except zstandard.ZstdError as error:
-        raise CorruptCheckpoint(f"{what}: {error}") from error
-    return plain
+    return unpacked(body, largest=largest, what=what)
 
 
 def encode_trailer(cipher: AESGCM, offset: int, trailer: Trailer) -> bytes:

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from outlast.errors import ConfigError, UsageError
 from outlast.model import Checkpoint, CheckpointId, JobKey, Lease, LeaseView
 from outlast.store import _records
 from outlast.store._backend import Backend
 from outlast.store._checkpoints import Checkpoints
+from outlast.store._format import Marked
 from outlast.store._keys import Keyring
 from outlast.store._leases import Leases
 from outlast.store._reader import Stored
@@ -42,7 +43,7 @@ class Store:
 
         *quota*: bytes that a job may have here, 0 for any number.
         """
-        self._backend = backend
+        backend = self._backend = cast(Backend, Marked(backend))
         self._keyring = keyring
         self._checkpoints = Checkpoints(backend, keyring, quota)
         self._upkeep = Upkeep(backend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from outlast.errors import OutlastError
 from outlast.model import CheckpointId, JobKey
-from outlast.store._backend import Backend, Entry
+from outlast.store._backend import UNFINISHED, Backend, Entry
 
 _PIN = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
 _TRASHED = re.compile(r".+\.(?P<time>[0-9]+)\.[0-9a-f]{12}")
@@ -83,6 +83,10 @@ class Upkeep:
             if match is not None and now - int(match["time"]) > grace:
                 self._remove(f"trash/{cluster}/{entry.name}")
                 removed.append(f"trash/{cluster}/{entry.name}")
+        for entry in self._backend.list(""):
+            # Left where a connection broke while the store's marker was made, or its clock was asked for.
+            if entry.name.endswith(UNFINISHED) and now - entry.mtime > grace and not entry.is_directory:
+                self._backend.remove(entry.name)
         return Pruned(tuple(trashed), tuple(removed))
 
     def _is_over(self, cluster: str, job_id: str, ended: float, lost: float) -> bool:

@@ -15,6 +15,8 @@ from typing import Protocol, TypeAlias
 
 from outlast.store._bytes import PERMISSIONS, attributes_at, pieces, string_at
 from outlast.store._bytes import Attributes as Attributes
+from outlast.store._bytes import block as block
+from outlast.store._bytes import text as text
 
 OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT = 3, 4, 5, 6, 7, 8
 OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, RENAME, EXTENDED = 11, 12, 13, 14, 15, 18, 200
@@ -145,16 +147,45 @@ class Wire:
 
         Raises EOFError where the file ends too early.
         """
-        head = block(handle)
-        asked: deque[tuple[int, int, bool]] = deque()  # offset, length, is the last one of its range
+        return self._read(((handle, offset, length) for offset, length in ranges), more)
+
+    def read_each(self, wanted: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
+        """Yield the bytes of each (path, offset, length); three round trips for all of them together.
+
+        Raises Status where a file cannot be opened, EOFError where one ends too early.
+        """
+        wanted = list(wanted)
+        opening = [(OPEN, text(path) + struct.pack(">II", FOR_READING, 0)) for path, _, _ in wanted]
+        handles: list[bytes] = []
+        failed: Status | None = None
+        try:
+            with contextlib.closing(self.pipeline(opening)) as replies:
+                for reply in replies:
+                    try:
+                        handles.append(handle_of(*reply))
+                    except Status as status:
+                        failed = failed or status
+            if failed is not None:
+                raise failed
+            pairs = zip(handles, wanted, strict=True)
+            yield from self._read((handle, offset, length) for handle, (_, offset, length) in pairs)
+        finally:
+            if not self.lost:
+                with contextlib.closing(self.pipeline((CLOSE, block(one)) for one in handles)) as replies:
+                    for reply in replies:
+                        check(*reply)
+
+    def _read(self, ranges: Iterable[tuple[bytes, int, int]], more: More = _alone) -> Iterator[bytes]:
+        # handle, offset, length, is the last one of its range
+        asked: deque[tuple[bytes, int, int, bool]] = deque()
 
         def requests() -> Iterator[tuple[Wire, Request]]:
             total = turn = 0
-            for offset, length in ranges:
+            for handle, offset, length in ranges:
                 end = offset + length
                 for start in range(offset, end, self._request_size):
                     size = min(self._request_size, end - start)
-                    asked.append((start, size, start + size == end))
+                    asked.append((handle, start, size, start + size == end))
                     lanes = [(self, handle), *more(total)]
                     wire, its_handle = lanes[turn % len(lanes)]
                     turn += 1
@@ -164,12 +195,11 @@ class Wire:
         got: list[bytes | memoryview] = []
         with contextlib.closing(pipeline(requests())) as replies:
             for kind, payload in replies:
-                offset, length, last = asked.popleft()
+                handle, offset, length, last = asked.popleft()
                 data: bytes | memoryview = _data(kind, payload)
                 while len(data) < length:  # a server may send less than was asked for
-                    rest = _data(
-                        *self.call(READ, head + struct.pack(">QI", offset + len(data), length - len(data)))
-                    )
+                    position = struct.pack(">QI", offset + len(data), length - len(data))
+                    rest = _data(*self.call(READ, block(handle) + position))
                     if not rest:
                         raise EOFError(f"ends before byte {offset + length}")
                     data = bytes(data) + bytes(rest)
@@ -313,16 +343,6 @@ def pipeline(requests: Iterable[tuple[Wire, Request]]) -> Generator[Reply, None,
 
 
 # --- the bytes of requests and replies ----------------------------------------------------------------
-
-
-def block(data: bytes) -> bytes:
-    """Return *data* as SFTP's string: its length, then itself."""
-    return struct.pack(">I", len(data)) + data
-
-
-def text(value: str) -> bytes:
-    """Return *value* as SFTP's string, in UTF-8."""
-    return block(value.encode())
 
 
 def check(kind: int, payload: memoryview) -> None:

@@ -300,7 +300,7 @@ def _sealed(
             if len(under_way) >= _AHEAD:
                 future, some = under_way.popleft()
                 yield future.result(), some
-            under_way.append((pool.submit(seal, cipher, number, plain), hashes))
+            under_way.append((pool.submit(seal, cipher, number, plain, words=True), hashes))
         while under_way:
             future, some = under_way.popleft()
             yield future.result(), some

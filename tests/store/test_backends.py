@@ -151,6 +151,21 @@ def test_range_beyond_the_end_is_an_error(backend: Backend) -> None:
     assert backend.read("file") == b"12345"
 
 
+def test_parts_of_many_files_come_in_the_order_asked_for(backend: Backend) -> None:
+    data = {f"packs/{number}": os.urandom(400_000 + number) for number in range(230)}
+    for name, content in data.items():
+        backend.create(name, [content])
+    wanted = [(name, len(data[name]) - 300_016, 300_016) for name in sorted(data)]
+
+    assert list(backend.read_each(wanted)) == [data[name][-300_016:] for name in sorted(data)]
+    assert list(backend.read_each([])) == []
+    with pytest.raises(FileNotFoundError):
+        list(backend.read_each([wanted[0], ("packs/absent", 0, 1), wanted[1]]))
+    with pytest.raises(EOFError):
+        list(backend.read_each([(*wanted[0][:2], 300_017)]))
+    assert next(backend.read_each(wanted[:1])) == data[wanted[0][0]][-300_016:]
+
+
 def test_reading_may_end_early_and_other_calls_come_between(backend: Backend) -> None:
     data = os.urandom(8 << 20)
     backend.create("file", [data])

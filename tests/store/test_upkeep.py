@@ -140,7 +140,7 @@ def test_checkpoint_of_several_packs_that_finds_no_room_leaves_none_of_them(
     with pytest.raises(StoreRefused):
         store.publish(job, CheckpointId(0, 2), small, {}, [memory])
 
-    assert len([path for path in small_disk.rglob("*") if path.is_file()]) == 2
+    assert len([path for path in (small_disk / "jobs").rglob("*") if path.is_file()]) == 2
     assert [one.id.seq for one in store.checkpoints(job)] == [1]
     store.publish(job, CheckpointId(0, 3), small, {})
     store.verify(job, CheckpointId(0, 3))

@@ -1,0 +1,84 @@
+"""Frames are made smaller in the way that suits what is in them, and come back as they were."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outlast.errors import CorruptCheckpoint
+from outlast.store._codec import packed, unpacked
+from outlast.store._pages import FRAME_PAGES, PAGE
+
+FRAME = FRAME_PAGES * PAGE
+
+
+def grid() -> bytes:
+    """A smooth field of floating-point numbers, as a solver has them: noise in the low bytes only."""
+    x = np.linspace(0, 3, FRAME // 8)
+    return bytes((np.sin(x) * np.exp(-x) + np.random.default_rng(1).random(FRAME // 8) * 1e-12).tobytes())
+
+
+def counters() -> bytes:
+    """Numbers of 8 bytes that have high bytes in common, and nothing else."""
+    return np.random.default_rng(2).integers(1 << 20, 1 << 40, FRAME // 8).astype("<u8").tobytes()
+
+
+TEXT = (b"one of a few lines that come again %08d\n" * (FRAME // 42))[:FRAME]
+
+
+@pytest.mark.parametrize(
+    ("plain", "form"), [(os.urandom(FRAME), 0), (TEXT.ljust(FRAME), 1), (counters(), 2), (grid(), 3)]
+)
+def test_each_kind_of_content_has_its_form_and_comes_back(plain: bytes, form: int) -> None:
+    stored = packed(plain, words=True)
+
+    assert stored[0] == form
+    assert len(stored) <= len(packed(plain)) <= len(plain) + 1
+    assert unpacked(stored, largest=FRAME, what="x") == plain
+
+
+def test_grid_of_numbers_takes_a_third_less_than_by_compression_alone() -> None:
+    assert len(packed(grid(), words=True)) < 0.67 * len(packed(grid()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("zrwgt"), st.integers(0, 255)), min_size=1, max_size=FRAME_PAGES),
+)
+def test_any_pages_come_back(kinds: list[tuple[str, int]]) -> None:
+    page = {
+        "z": lambda n: bytes(PAGE),
+        "r": lambda n: os.urandom(PAGE),
+        "w": lambda n: np.arange(n << 56, (n << 56) + PAGE // 8, dtype=np.uint64).tobytes(),
+        "g": lambda n: np.linspace(-n, n, PAGE // 8).tobytes(),
+        "t": lambda n: bytes([n]) * PAGE,
+    }
+    plain = b"".join(page[kind](number) for kind, number in kinds)
+
+    assert unpacked(packed(plain, words=True), largest=FRAME, what="x") == plain
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.sampled_from([b"", b"\0", b"\1", b"\2", b"\3", b"\4", b"\xff"]))
+def test_bytes_that_are_no_packed_ones_are_refused_and_nothing_else(rest: bytes, form: bytes) -> None:
+    try:
+        assert len(unpacked(form + rest, largest=4096, what="x")) <= 4096
+    except CorruptCheckpoint as error:
+        assert "x: " in str(error)
+
+
+def test_form_of_a_later_version_is_named() -> None:
+    with pytest.raises(CorruptCheckpoint, match="packed in the way 07, which this Outlast does not know"):
+        unpacked(b"\7abc", largest=4096, what="x")
+
+
+@pytest.mark.parametrize("form", [b"\1", b"\2", b"\3"])
+def test_nothing_unpacks_to_more_than_it_may(form: bytes) -> None:
+    packed_zeros = packed(bytes(FRAME))
+
+    with pytest.raises(CorruptCheckpoint, match="more than"):
+        unpacked(form + packed_zeros[1:], largest=FRAME - 1, what="x")
