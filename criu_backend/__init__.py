@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
-from criu_backend._criu import Criu, CriuError, error_from_log
-from criu_backend._explain import Finding, explain, way_out
+from criu_backend._criu import Criu
+from criu_backend._explain import INCOMPLETE, Finding, explain, way_out
 from criu_backend._images import opened_files, pycriu_version
 from criu_backend._memory import Memory, put_back
 from criu_backend._postcopy import PageServer, write_eager_pages
 from criu_backend._result import DumpResult
+from criu_backend._said import CriuError, error_from_log
 from criu_backend._selftest import SelfTest, best_mode, known_self_test, self_test
 
 __all__ = [
+    "INCOMPLETE",
     "Capsule",
     "CapsuleError",
     "Context",

@@ -24,83 +24,24 @@ from criu_backend._capsule import (
     enter_command,
     restore_capsule,
 )
-from criu_backend._explain import way_out
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid, statistics
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
+from criu_backend._ports import free_ports
 from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
+from criu_backend._said import CriuError, error_from_log
 from criu_backend._sockets import has_connections
 from criu_backend._twins import end_twins
-
-_ERROR = re.compile(r"^(?:\([0-9.]+\))?\s*(?:\d+: )?Error \((?P<where>[^)]+)\): (?P<what>.*)$", re.M)
-
-# What CRIU logs as an error although it is none. Source: criu 4.2, seen where CAP_SYS_RESOURCE is missing.
-_NOISE = re.compile(r"Can't setup RLIMIT_NOFILE|Unable to create tun")
-
-# What CRIU says, and what the job's author can do about it. Source: criu 4.2, criu/files-ext.c,
-# criu/sk-inet.c, criu/sk-unix.c, criu/files-reg.c, criu/tty.c, and what was seen of it.
-_HINTS = (
-    (
-        re.compile(r"io_uring"),
-        "the job uses io_uring, which CRIU cannot dump: start it with the compat filter",
-    ),
-    (
-        # Linux 6.8 and later refuse to pass the descriptor of an io_uring on.
-        re.compile(r"Can't retrieve FDs from socket"),
-        "the job has an open file that cannot be handed on, such as an io_uring: use the compat filter",
-    ),
-    (re.compile(r"half of stream unix connection"), "the job talks to a daemon over a unix socket; close it"),
-    (re.compile(r"Can't dump .*/dev/nvidia|/dev/kfd"), "GPU state needs CRIU's GPU plugins"),
-    (re.compile(r"chr 10:229"), way_out("fuse")),
-    (re.compile(r"userfaultfd"), way_out("userfaultfd")),
-    (re.compile(r"perf_event"), way_out("perf")),
-    (re.compile(r"anon_inode:bpf"), way_out("bpf")),
-    (re.compile(r"Can't dump file \d+ of that type"), way_out("device")),
-    # Those of a POSIX message queue alone are on a file system that is not mounted.
-    (re.compile(r"Can't lookup mount=\d+ for fd=\d+ path=/[^/]*$"), way_out("message-queue")),
-    (re.compile(r"fsnotify"), "watch files (inotify) on a file system with file handles: ext4, XFS, tmpfs"),
-    (re.compile(r"link remap"), way_out("deleted-linked")),
-    (re.compile(r"Unable to convert uid or gid"), way_out("user-namespace")),
-    (re.compile(r"have a proper root mount"), way_out("mount-namespace")),
-    (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
-    (re.compile(r"nested (pid|user|mnt) namespace"), "containers inside the job cannot be dumped"),
-    (re.compile(r"has bad size"), "a file that the job had open has changed since the checkpoint"),
-    (re.compile(r"Can't open file .*: No such file"), "a file that the job had open is not on this node"),
-    (re.compile(r"increase limit|ghost file"), "a deleted file that the job has open is too large"),
-    (re.compile(r"Cannot assign requested address"), "the job listens on the address of the node it ran on"),
-)
 
 # Loaded into CRIU when it restores: native/reaper.c.
 REAPER_LIBRARY = Path("/usr/libexec/outlast/outlast-reaper.so")
 
 _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
-
-
-class CriuError(Exception):
-    """CRIU failed. *log* is its full log, kept; *hint*, where one is known, is for the job's author."""
-
-    def __init__(self, message: str, *, log: Path, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.log = log
-        self.hint = hint
-
-
-def error_from_log(action: str, log: Path) -> CriuError:
-    """Turn CRIU's log into an error that says why.
-
-    Args:
-        action: "dump" or "restore".
-        log: the file that CRIU wrote at verbosity 1 or more; a missing file is an empty log.
-    """
-    text = log.read_text(errors="replace") if log.exists() else ""
-    found = [(where, what) for where, what in _ERROR.findall(text) if not _NOISE.search(what)]
-    # The first error is the cause; those after it are CRIU undoing its work.
-    where, what = found[0] if found else ("no error in its log", "CRIU ended without saying why")
-    hint = next((h for pattern, h in _HINTS if any(pattern.search(said) for _, said in found)), None)
-    return CriuError(f"{action}: {what} ({where}; log: {log})", log=log, hint=hint)
+# A signal that comes in the wrong moment breaks a dump off; so often it is begun again at once.
+_MOST_INTERRUPTIONS = 4
 
 
 class Criu:
@@ -187,20 +128,24 @@ class Criu:
         reason = None
         if mode != "plain" and (reason := self._plugin.why_not() or headroom.shortage()):
             mode = "plain"
-        predict = True
+        predict, interruptions = True, 0
         try:
             while True:
-                self._write_images(
-                    capsule, images, on_frozen, mode, predict, tcp=tcp, external=external, lock_fd=lock_fd
-                )
                 try:
+                    self._write_images(
+                        capsule, images, on_frozen, mode, predict, tcp=tcp, external=external, lock_fd=lock_fd
+                    )
                     return self._collect(capsule, images, mode, headroom, reason)
                 except Mispredicted as error:
                     reason = str(error)
                     predict = False
-                    end_twins(capsule)
-                    for path in images.iterdir():
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                except CriuError as error:
+                    if not error.interrupted or interruptions == _MOST_INTERRUPTIONS:
+                        raise
+                    interruptions += 1
+                end_twins(capsule)
+                for path in images.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         except BaseException as error:
             end_twins(capsule)
             if isinstance(error, ImageError):
@@ -311,6 +256,7 @@ class Criu:
             require_owner(images, uid)
             last_pid = highest_pid(images)
             rearm_timers(images)
+            free_ports(images)
             loaded = [f"LD_PRELOAD={REAPER_LIBRARY}", f"OUTLAST_ROOT={root_pid(images)}"]
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
@@ -335,12 +281,10 @@ class Criu:
             daemon = [self._program, "lazy-pages", "--no-default-config", "--images-dir", os.fspath(images)]
             daemon += ["--log-file", "lazy.log", "-v2", "--page-server", "--ps-socket", str(PAGES_FD)]
             pager = ([*daemon, "--status-fd", str(READY_FD)], pages.peer.fileno())
-        # Far from the tree's own, and from what those of its processes that are gone were called.
-        last_pid += 10000
         try:
-            return restore_capsule(
-                context, command, state, last_pid=last_pid, pager=pager, helper=self._helper
-            )
+            # Far from the tree's own, and from what those of its processes that are gone were called.
+            last = last_pid + 10000
+            return restore_capsule(context, command, state, last_pid=last, pager=pager, helper=self._helper)
         except CapsuleError as error:
             if log.exists():
                 raise error_from_log("restore", log) from error

@@ -21,7 +21,7 @@ _KNOWN_ANONYMOUS = frozenset(("eventfd", "eventpoll", "inotify", "fanotify", "si
 # Character devices that CRIU opens again: (major, minors or None for all). Source: criu/files.c, dump_chrdev();
 # Linux, Documentation/admin-guide/devices.txt.
 _KNOWN_DEVICES: Mapping[int, frozenset[int] | None] = {
-    1: frozenset({3, 5, 7, 8, 9}),  # null, zero, full, random, urandom
+    1: None,  # null, zero, full, random, urandom, kmsg
     4: None,  # consoles
     5: frozenset({0, 1, 2}),  # tty, console, ptmx
     10: frozenset({200}),  # net/tun
@@ -29,13 +29,14 @@ _KNOWN_DEVICES: Mapping[int, frozenset[int] | None] = {
 }
 _KNOWN_SOCKETS = re.compile(r"UNIX.*|TCP(v6)?|UDP(-?Lite)?(v6)?|RAW(v6)?|PING(v6)?|NETLINK|PACKET")
 _MQUEUE_MAGIC = 0x19800202  # statfs(2)
-_NAMESPACES = ("user", "pid_for_children", "mnt", "net")
+# Not "net": CRIU dumps those too.
+_NAMESPACES = ("user", "pid_for_children", "mnt")
 
 # By kind: what is found, and what can be done about it. {} is what exactly.
 _WORDS: Mapping[str, tuple[str, str]] = {
     "io_uring": (
         "an io_uring, which CRIU cannot dump",
-        "start the job with the compat filter, or the program without io_uring (Node: UV_USE_IO_URING=0)",
+        "start the job with the compat filter (no OUTLAST_FILTER=off), or it without io_uring (UV_USE_IO_URING=0)",
     ),
     "userfaultfd": ("a userfaultfd, which CRIU cannot dump", "switch off post-copy memory in the program"),
     "perf": ("a performance counter (perf_event_open)", "do not run the job under perf or PAPI"),
@@ -62,9 +63,9 @@ _WORDS: Mapping[str, tuple[str, str]] = {
         "a mount namespace of its own (a container)",
         "run the program without the container",
     ),
-    "net-namespace": (
-        "a network namespace of its own (a container)",
-        "run the program without the container",
+    "step": (
+        "a step of srun, whose processes are the node's and not the job's",
+        "start the program without srun (Open MPI: mpirun), or take its steps' results between checkpoints",
     ),
     "traced": ("it is traced by process {} (strace, gdb)", "checkpoints work once that has ended"),
     "deleted-large": ("a deleted file of {}", "at most 1 GiB goes with a checkpoint: do not delete it"),
@@ -73,6 +74,8 @@ _WORDS: Mapping[str, tuple[str, str]] = {
 KINDS = tuple(_WORDS)
 # These do not stop the dump; the restored job has lost them.
 _LOST = frozenset({"tcp-outside"})
+# CRIU dumps the tree with these, but a part of the job is no part of the tree.
+INCOMPLETE = frozenset({"step"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Finding:
 
     @property
     def stops(self) -> bool:
-        """Whether it makes a dump fail; else only this is gone after a restore."""
+        """Whether there is no checkpoint while it is there; else only this is gone after a restore."""
         return self.kind not in _LOST
 
     def __str__(self) -> str:
@@ -148,6 +151,9 @@ def _process(pid: int, outside: int) -> Iterator[Finding]:
     }
     for tracer in sorted(tracers):
         yield _finding("traced", pid, exactly=tracer)
+    with contextlib.suppress(OSError):
+        if os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "srun":  # noqa: PTH115, PTH119
+            yield _finding("step", pid)
     for name in _NAMESPACES:
         if _namespace(pid, name) != _namespace(outside, name):
             kind = {"pid_for_children": "pid", "mnt": "mount"}.get(name, name)

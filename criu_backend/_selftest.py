@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from criu_backend._capsule import HELPER, Capsule, CapsuleError, Context, start_capsule
-from criu_backend._criu import Criu, CriuError
+from criu_backend._criu import Criu
 from criu_backend._memory import put_back
 from criu_backend._plugin import TWIN_LIBRARY
+from criu_backend._said import CriuError
 
 CACHE = Path("/run/outlast/selftest.json")
 # From the best to the one that needs least.

@@ -25,14 +25,16 @@ class HostStatus(TypedDict):
 
 
 def _lower(layout: Layout, root: Path) -> list[Path]:
-    return [layout.conf, *([layout.product] if layout.product.is_dir() else []), root]
+    layers = [layout.conf, layout.product, layout.languages]
+    return [*(layer.resolve() for layer in layers if layer.is_dir()), root]
 
 
-def up(layout: Layout, checkout: Path | None, *, patience: float = 60.0) -> None:
+def up(layout: Layout, checkout: Path | None, *, languages: bool = False, patience: float = 60.0) -> None:
     """Start the cluster and return when the scheduler says that all nodes are idle.
 
     Args:
         checkout: what to install the product from; None for a cluster without it.
+        languages: install more languages on all hosts.
         patience: seconds until a cluster that does not come up is given up.
 
     Raises:
@@ -41,6 +43,7 @@ def up(layout: Layout, checkout: Path | None, *, patience: float = 60.0) -> None
     machine.require_kernel()
     machine.require_programs("ip", "mount", "nsenter", "unshare")
     root = images.root_file_system(layout)
+    more = images.languages_layer(layout, root) if languages else None
     product = images.product_key(checkout, root) if checkout else _BARE
     with locked(layout):
         if layout.up_mark.exists() and switch.ports(layout):
@@ -56,6 +59,8 @@ def up(layout: Layout, checkout: Path | None, *, patience: float = 60.0) -> None
         _clear(layout)
         try:
             layout.shared.mkdir()
+            if more is not None:
+                layout.languages.symlink_to(more)
             if checkout:
                 images.product_layer(layout, checkout, root)
             settings.configure(layout, root)

@@ -31,6 +31,13 @@ _CONTAINED = (
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--fork", "--pid", "--kill-child", "--mount-proc"),
 )
+# As rootfs.sh has it for mmdebstrap.
+_APT = (
+    'Acquire::Languages "none"',
+    'Acquire::Check-Valid-Until "false"',
+    'Acquire::Retries "3"',
+    'DPkg::Options:: "--force-unsafe-io"',
+)
 _ENVIRONMENT = {"PATH": PATH, "LANG": "C.UTF-8"}
 
 
@@ -108,6 +115,47 @@ def root_file_system(layout: Layout) -> Path:
             remove(old)
             remove(old.with_name(old.name.removesuffix(".tar.zst")))
     return tree
+
+
+def languages_layer(layout: Layout, root: Path) -> Path:
+    """Return the directory of a layer above *root* with more languages: those of languages.sh.
+
+    Takes no time when it is there, and some minutes from a Debian mirror; it is named by its recipe's hash.
+
+    Raises:
+        TestbedError: it cannot be made; the message holds apt's own last words.
+    """
+    recipe = HERE / "languages.sh"
+    key = hashlib.sha256(root.name.encode() + recipe.read_bytes()).hexdigest()[:12]
+    layer = layout.cache / f"languages-{key}"
+    if layer.is_dir():
+        return layer
+    with _cache_locked(layout) as work:
+        if layer.is_dir():
+            return layer
+        machine.say("installing more languages, which takes some minutes the first time")
+        log = layer.with_name("languages.log")
+        apt = work / "apt.conf"
+        options = [*machine.apt_options(), *_APT]
+        apt.write_text("".join(f"{option};\n" for option in options))
+        command = [*_CONTAINED, "bash", str(recipe), str(root), str(work / "layer"), str(work / "build")]
+        with log.open("wb") as output:
+            built = subprocess.run(
+                command,
+                env=_ENVIRONMENT | {"APT_CONFIG": str(apt)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if built.returncode:
+            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
+            raise TestbedError(f"installing more languages:\n{last}", hint=f"the whole log is in {log}")
+        subprocess.run(["sync", "--file-system", work], check=True)
+        (work / "layer").rename(layer)
+        for old in _newest_first(layout.cache.glob("languages-????????????"))[_KEPT_ROOTS:]:
+            remove(old)
+    return layer
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

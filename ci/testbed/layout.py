@@ -76,6 +76,11 @@ class Layout:
         return self.state / "product"
 
     @property
+    def languages(self) -> Path:
+        """Where there is one, a link to the file system layer with more languages."""
+        return self.state / "languages"
+
+    @property
     def scratch(self) -> Path:
         """What is needed only during `up`."""
         return self.state / "scratch"
@@ -91,7 +96,15 @@ class Layout:
 
     def own(self) -> list[Path]:
         """Everything that `up` puts into the state directory."""
-        return [self.up_mark, self.shared, self.conf, self.product, self.scratch, self.state / "hosts"]
+        return [
+            self.up_mark,
+            self.shared,
+            self.conf,
+            self.product,
+            self.languages,
+            self.scratch,
+            self.state / "hosts",
+        ]
 
 
 def layout_from_environment() -> Layout:

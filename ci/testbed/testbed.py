@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--no-product", action="store_const", dest="product", const=None, help="start a bare cluster"
     )
+    verb.add_argument(
+        "--languages", action="store_true", help="with Go, Node.js, Java, R, Open MPI and GNU parallel"
+    )
     verbs.add_parser("down", help="end it and remove everything")
     verb = verbs.add_parser("status", help="what is up")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
@@ -64,7 +67,7 @@ def _run(layout: Layout, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
     if args.verb == "up":
-        cluster.up(layout, args.product.resolve() if args.product else None)
+        cluster.up(layout, args.product.resolve() if args.product else None, languages=args.languages)
     elif args.verb == "down":
         cluster.down(layout)
     elif args.verb == "status" and args.json:

@@ -60,8 +60,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* The job's first PID, so that the few processes that start before it never stand where it wants to be. */
+/*
+ * The job's first PID is above that of the few processes that start before it, and another one for each job on a node:
+ * programs name their files in /tmp after their PIDs (mpirun, and every script with $$), and jobs share that.
+ */
 #define FIRST_JOB_PID 1000
+#define FIRST_JOB_PIDS 10000
+#define FAR_APART 7919
 #define INHERITED_STDIO 10
 #define PAGES_FD 13
 #define READY_FD 14
@@ -415,7 +420,8 @@ static void be_init(const struct options *options, const struct context *context
 		job = run_restore(options, program);
 	} else {
 		char text[32];
-		snprintf(text, sizeof(text), "%d", FIRST_JOB_PID - 1);
+		long first = FIRST_JOB_PID + (long) options->peer * FAR_APART % FIRST_JOB_PIDS;
+		snprintf(text, sizeof(text), "%ld", first - 1);
 		write_file(AT_FDCWD, "/proc/sys/kernel/ns_last_pid", text);
 		job = fork();
 		if (job == 0)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +116,36 @@ def test_error_while_frozen_fails_the_dump_and_not_the_job(place: Place) -> None
     assert goes_on(place)
     place.dump(job)
     assert ends_well(place, job)
+
+
+def test_dump_that_a_signal_breaks_off_is_begun_again_at_once(user_place: Place) -> None:
+    """Schedulers send SIGCONT before SIGTERM: it takes the job out of the stop that CRIU has put it into."""
+    job = counter(user_place)
+    calls: list[int] = []
+
+    def on_frozen() -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            for pid in job.capsule.tasks():
+                os.kill(pid, signal.SIGCONT)
+
+    _, result = user_place.dump(job, on_frozen, mode="forked")
+
+    assert (result.mode, result.reason, len(calls)) == ("forked", None, 2)
+    assert goes_on(user_place)
+    assert ends_well(user_place, job)
+
+
+def test_signals_at_any_moment_of_a_dump_cost_no_checkpoint(user_place: Place) -> None:
+    job = counter(user_place)
+    for number in range(12):
+        timer = threading.Timer(0.005 * number, os.kill, (job.pid, signal.SIGCONT))
+        timer.start()
+        user_place.dump(job, mode="plain")
+        timer.join()
+
+    assert goes_on(user_place)
+    assert ends_well(user_place, job)
 
 
 def test_refusal_is_in_criu_words_with_a_hint(place: Place) -> None:

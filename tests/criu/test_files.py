@@ -6,77 +6,25 @@ back by the program that the job's shim runs, as the job's owner, and restores t
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from criu_backend import CriuError, put_back
+from criu_backend import CriuError
 from outlast.config import CheckpointConfig
 from outlast.errors import CheckpointRefused
-from outlast.manager._run import Run
-from outlast.manager._saving import declared, save, sources
+from outlast.manager._saving import declared, save
 from tests.criu.capsules import Job, Place
+from tests.criu.saved import Saved
 from tests.criu.waiting import exit_code
 
 pytestmark = pytest.mark.criu
 
-SET_BACK = "/usr/libexec/outlast/outlast-set-back"
 # What the tests use is below /tmp, which counts as any directory here, unless a test says otherwise.
-SHARED = CheckpointConfig(scratch="/dev/shm")
 LOCAL = CheckpointConfig(scratch="/tmp:/dev/shm")
-
-
-class Saved:
-    """A job that was dumped and lost, and what a restore has to set back."""
-
-    def __init__(
-        self, place: Place, job: Job, config: CheckpointConfig = SHARED, patterns: tuple[str, ...] = ()
-    ) -> None:
-        self.place = place
-        self.images = place.images()
-        self.files: list[dict[str, Any]] = []
-
-        def look() -> None:
-            self.files = save(job.capsule.tasks(), self.images, place.uid, config)
-            self.files += declared(os.fspath(place.path), patterns, place.uid)
-
-        with place.criu.dump(job.capsule, self.images, look, mode=place.mode) as result:
-            put_back(result.memories, self.images)
-        place.lose(job)
-
-    def set_back(self) -> str:
-        """Have all set back; return why not, or nothing."""
-        run = cast(Run, SimpleNamespace(directory=self.place.path / "manager", uid=self.place.uid))
-        run.directory.mkdir(mode=0o755, exist_ok=True)
-        with sources(self.files, self.images, run) as files:
-            done = subprocess.run(
-                [sys.executable, "-IS", SET_BACK],
-                input=json.dumps({"files": files, "epoch": 3}),
-                capture_output=True,
-                text=True,
-                user=self.place.uid,
-                group=self.place.uid,
-                extra_groups=[],
-            )
-        assert done.stderr == ""
-        return done.stdout.strip()
-
-    def restore(self) -> Job:
-        """Set all back and restore the job."""
-        assert self.set_back() == ""
-        return self.place.restore(self.images)
-
-    def entry(self, path: Path) -> dict[str, Any]:
-        """What was noted of *path*."""
-        return next(one for one in self.files if one.get("path") == os.fspath(path))
 
 
 def begin(place: Place, opening: str, going_on: str) -> Job:

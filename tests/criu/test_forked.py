@@ -207,10 +207,11 @@ def test_forked_dump_changes_nothing_that_the_job_can_see(place: Place) -> None:
 
 def test_orphans_stay_below_the_root_after_a_forked_dump(user_place: Place) -> None:
     job = user_place.python("""
+        root = os.getpid()
         def orphan():
             if os.fork() == 0:
                 if os.fork() == 0:
-                    while os.getppid() != 1000: time.sleep(0.01)
+                    while os.getppid() != root: time.sleep(0.01)
                     say("adopted")
                     time.sleep(60)
                 os._exit(0)
@@ -231,11 +232,12 @@ def test_what_a_killed_criu_left_undone_is_done_by_the_next_dump(user_place: Pla
     """CRIU may be killed when the job's root does not take orphans."""
     job = user_place.python("""
         ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+        root = os.getpid()
         say("ready")
         wait("go")
         if os.fork() == 0:
             if os.fork() == 0:
-                while os.getppid() not in (1, 1000): time.sleep(0.01)
+                while os.getppid() not in (1, root): time.sleep(0.01)
                 say("child of", os.getppid())
                 time.sleep(60)
             os._exit(0)
@@ -247,7 +249,7 @@ def test_what_a_killed_criu_left_undone_is_done_by_the_next_dump(user_place: Pla
     user_place.dump(job, mode="plain")
     user_place.touch("go")
 
-    job.says("child of 1000")
+    job.says(f"child of {job.capsule.job_pid}")
     assert not (user_place.path / ".forked").exists()
 
 
@@ -395,7 +397,7 @@ def test_stopped_process_stays_stopped(user_place: Place) -> None:
         time.sleep(60)
     """)
     job.says("ready")
-    child = next(pid for number, pid in tasks_of(job.capsule).items() if number != 1000)
+    child = next(pid for number, pid in tasks_of(job.capsule).items() if number != job.capsule.job_pid)
     eventually(lambda: status_of(child)["State"].startswith("T"), "the child is stopped")
     forked(user_place, job)
 

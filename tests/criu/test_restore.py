@@ -78,7 +78,7 @@ def test_visible_state_is_the_same_over_three_generations(place: Place) -> None:
     job = many_things(place)
     before = visible_state(job.capsule)
     assert len({number for number, _ in before}) == 2
-    assert len(before[1000, "files"]) == 10  # type: ignore[arg-type]
+    assert len(before[job.capsule.job_pid, "files"]) == 10  # type: ignore[arg-type]
     for _ in range(3):
         job = place.again(job)
 
@@ -126,6 +126,7 @@ def test_restored_job_is_where_its_new_peer_is(user_place: Place) -> None:
     job = user_place.start(["sleep", "60"])
     eventually(lambda: status_of(job.pid)["Name"] == "sleep", "the job runs")
     images, _ = user_place.dump(job)
+    number = job.capsule.job_pid
     user_place.lose(job)
     point = next(
         Path(line.split()[1])
@@ -138,8 +139,8 @@ def test_restored_job_is_where_its_new_peer_is(user_place: Place) -> None:
         peer = user_place.peer(prepare=lambda: (cgroup / "cgroup.procs").write_text("0"))
         job = user_place.restore(images, peer)
 
-        assert inner(job.pid) == 1000
-        assert job.capsule.job_pid == 1000
+        assert inner(job.pid) == number
+        assert job.capsule.job_pid == number
         mine = Path(f"/proc/{job.pid}/cgroup").read_text()
         assert cgroup.name in mine
         assert mine == Path(f"/proc/{peer.process.pid}/cgroup").read_text()
@@ -281,11 +282,12 @@ def test_orphan_stays_in_the_job_and_in_its_image(place: Place) -> None:
     """)
     job.says("ready")
     assert len(tasks_of(job.capsule)) == 2
+    root = job.capsule.job_pid
     job = place.again(job)
     place.touch("go")
 
     assert job.ended() == exit_code(0)
-    assert job.said() == ["ready", "orphan 1000", "reaped 21"]
+    assert job.said() == ["ready", f"orphan {root}", "reaped 21"]
 
 
 def test_deleted_open_file_is_in_the_image(place: Place) -> None:

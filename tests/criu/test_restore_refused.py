@@ -65,11 +65,13 @@ def test_missing_file_fails_the_restore_with_a_hint_and_leaves_nothing(place: Pl
     assert processes_of(peer) == 0
 
 
-@pytest.mark.parametrize("name", ["pstree.img", "core-1000.img"])
+@pytest.mark.parametrize("name", ["pstree.img", "core-{root}.img"])
 def test_damaged_image_is_refused(user_place: Place, name: str) -> None:
     job = user_place.start(["sleep", "60"])
     images, _ = user_place.dump(job)
+    name = name.format(root=job.capsule.job_pid)
     user_place.lose(job)
+    assert (images / name).exists()
     (images / name).write_bytes(b"nothing that CRIU wrote")
 
     with pytest.raises(CriuError, match=rf"{name}: not a CRIU image"):

@@ -46,12 +46,19 @@ def test_signal_for_the_peer_reaches_the_job(place: Place) -> None:
     assert job.ended() == exit_code(5)
 
 
-def test_job_is_process_1000_and_sees_no_other_but_init(place: Place) -> None:
+def test_job_sees_no_other_process_but_init(place: Place) -> None:
     job = place.start(["sh", "-c", "echo $$; cd /proc; echo [0-9]*"])
     job.ended()
 
-    assert job.capsule.job_pid == 1000
-    assert job.said() == ["1000", "1 1000"]
+    pid = job.capsule.job_pid
+    assert pid >= 1000
+    assert job.said() == [f"{pid}", f"1 {pid}"]
+
+
+def test_jobs_of_one_node_have_pids_of_their_own_for_their_files_in_tmp(place: Place) -> None:
+    jobs = [place.start(["sh", "-c", "sleep 60 & wait"]) for _ in range(3)]
+
+    assert len({job.capsule.job_pid for job in jobs}) == 3
 
 
 def test_nothing_of_the_job_is_left_when_its_root_has_ended(place: Place) -> None:
@@ -144,7 +151,7 @@ def test_job_has_three_descriptors_no_caught_signals_and_its_own_session(place: 
 
     assert sorted(fd.name for fd in Path(f"/proc/{job.pid}/fd").iterdir()) == ["0", "1", "2"]
     assert [int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")] == [0, 0, 0]
-    assert inner(job.pid, "NSsid") == 1000
+    assert inner(job.pid, "NSsid") == job.capsule.job_pid
 
 
 def test_output_and_error_that_share_one_open_file_go_on_sharing_it(place: Place) -> None:

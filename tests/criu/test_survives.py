@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from criu_backend import Criu, CriuError, DumpResult, best_mode, explain, known_self_test, self_test
+from criu_backend import Criu, CriuError, best_mode, explain, known_self_test, self_test
+from outlast.config import CheckpointConfig
 from tests.criu.capsules import ENVIRONMENT, Job, Place
 from tests.criu.conftest import USER
 from tests.criu.kinds.table import REFUSED, TCP_OUTSIDE, WORKS, Kind, Refused
+from tests.criu.saved import Saved
 from tests.criu.waiting import eventually, exit_code
 
 pytestmark = pytest.mark.criu
@@ -31,13 +33,15 @@ TICK = re.compile(r"tick (\d+) (.*)")
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Path]:
     """A directory that every user may look into: what has been compiled, and what needs no compiling."""
-    path = Path(tempfile.mkdtemp(prefix="kinds-", dir="/tmp"))
-    path.chmod(0o755)
+    top = Path(tempfile.mkdtemp(prefix="kinds-", dir="/tmp"))
+    top.chmod(0o755)
+    path = top / "kinds"  # holds.py is a module of a package of this name
+    path.mkdir()
     for source in HERE.iterdir():
         if source.is_file():
             shutil.copy(source, path)
     yield path
-    shutil.rmtree(path)
+    shutil.rmtree(top)
 
 
 @pytest.fixture(scope="session")
@@ -118,13 +122,6 @@ def nothing_is_lost(job: Job) -> bool:
     return True
 
 
-def dump(place: Place, job: Job, mode: str) -> tuple[Path, DumpResult, int]:
-    """Dump it; return also the size that its output had at that moment, in bytes."""
-    sizes: list[int] = []
-    images, result = place.dump(job, lambda: sizes.append(place.output.stat().st_size), mode=mode)
-    return images, result, sizes[-1]
-
-
 @pytest.mark.parametrize("mode", ["plain", "forked"])
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.long] * kind.long, id=kind.name) for kind in WORKS]
@@ -137,24 +134,23 @@ def test_works(
         pytest.skip(f"no forked dumps on this node: {why_not_forked}")
     place = place_of(kind)
     job = start(place, kind)
-    images, result, size = dump(place, job, mode)
-    assert (result.mode, result.reason) == (mode, None)
+    saved = Saved(place, job, CheckpointConfig(), mode=mode, lose=False)
+    assert (saved.result.mode, saved.result.reason) == (mode, None)
     assert goes_on(job)
     assert nothing_is_lost(job)
     place.lose(job)
-    os.truncate(place.output, size)
 
-    restored = place.restore(images)
+    restored = saved.restore()
     if (place.path / "end.asked").exists():
         place.touch("end")
 
     assert goes_on(restored)
     assert nothing_is_lost(restored)
-    assert goes_on(place.again(restored, lambda: os.truncate(place.output, place.output.stat().st_size)))
+    again = Saved(place, restored, CheckpointConfig(), mode=mode).restore()
+    assert goes_on(again)
     if kind.exit_code is not None:
         place.touch("stop")
-        last = place._jobs[-1]
-        assert last.ended() == exit_code(kind.exit_code)
+        assert again.ended() == exit_code(kind.exit_code)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in WORKS if not kind.long])

@@ -8,7 +8,9 @@ PROCESSES, THREADS, MEMORY = "Processes", "Threads and numbers", "Memory"
 FILES, EVENTS, SOCKETS, LANGUAGES = "Files", "Pipes, events, terminals", "Sockets", "Languages and tools"
 GROUPS = (PROCESSES, THREADS, MEMORY, FILES, EVENTS, SOCKETS, LANGUAGES)
 
-HOLDS = ("/usr/bin/python3", "-Iu", "{here}/holds.py")
+HOLDS = ("env", "PYTHONPATH={here}/..", "/usr/bin/python3", "-su", "-m", "kinds.holds")
+# Of hardware that a test machine lacks there is a device node of its name that CRIU dumps as little.
+STANDS_IN = "not tried on the hardware itself"
 OPEN_MPI = ("mpirun", "--oversubscribe", "-np", "2", "{built}/mpi")
 
 
@@ -59,6 +61,7 @@ WORKS: tuple[Kind, ...] = (
     Kind("names-and-flags", PROCESSES, "names and flags set with prctl(2)"),
     Kind("nice", PROCESSES, "nice values"),
     Kind("limits", PROCESSES, "resource limits"),
+    Kind("net-namespace", PROCESSES, "network namespaces without interfaces to the outside", root=True),
     Kind("user-ids", PROCESSES, "several user and group ids", root=True),
     Kind("chroot", PROCESSES, "chroot", root=True),
     Kind("seccomp", PROCESSES, "seccomp filters"),
@@ -89,6 +92,7 @@ WORKS: tuple[Kind, ...] = (
     Kind("process-pool", THREADS, "Python's multiprocessing"),
     _c("openmp", THREADS, "OpenMP", "-fopenmp", "-lm"),
     _c("robust", THREADS, "mutexes shared between processes, robust ones too", "-pthread"),
+    _c("rseq", THREADS, "restartable sequences (rseq, of every program with glibc 2.35)"),
     Kind("shared-anonymous", MEMORY, "memory shared between the job's processes"),
     Kind("shared-unlinked", MEMORY, "shared memory of /dev/shm that has no name any more"),
     Kind(
@@ -155,7 +159,7 @@ WORKS: tuple[Kind, ...] = (
         needs="mpirun",
         long=True,
         exit_code=0,
-        note="its shared files go with the checkpoint",
+        note="its shared files go with the checkpoint; for another node see docs/use.md",
     ),
     Kind(
         "go",
@@ -258,6 +262,11 @@ REFUSED: tuple[Refused, ...] = (
         finding="pid-namespace",
         root=True,
     ),
+    Refused("gpu", FILES, "GPUs", said=r"Can't dump file", finding="gpu", root=True, note=STANDS_IN),
+    Refused(
+        "rdma", FILES, "RDMA (InfiniBand)", said=r"Can't dump file", finding="rdma", root=True, note=STANDS_IN
+    ),
+    Refused("device", FILES, "other devices", said=r"Can't dump file", finding="device", root=True),
     Refused(
         "unix-outside",
         SOCKETS,
@@ -266,6 +275,9 @@ REFUSED: tuple[Refused, ...] = (
         finding="unix-outside",
     ),
 )
+
+# A part of the job, but no part of its tree: CRIU would dump the rest. tests/slurm has it, which has srun.
+STEP = Kind("step", PROCESSES, "steps of srun in the job's script")
 
 # Dumped, but dead after a restore.
 TCP_OUTSIDE = Kind("tcp-outside", SOCKETS, "TCP connections to other hosts: they are dead after a restore")
