@@ -14,7 +14,7 @@ from typing import Any
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, DumpResult
 from outlast.config import Config
-from outlast.errors import OutlastError, StoreRefused, StoreUnavailable
+from outlast.errors import CheckpointRefused, OutlastError, StoreRefused, StoreUnavailable
 from outlast.manager._cpu import features
 from outlast.manager._events import EventLog
 from outlast.manager._findings import Findings
@@ -180,9 +180,8 @@ class Checkpointer:
         name = id_.name(self._run.job.job_id)
         images = self._run.directory / "spool" / f"{id_.epoch}.{id_.seq}"
         mode, reason = self._modes.choose()
-        if self.last_error is not None:
-            self.findings.tell(self.findings.look())
         try:
+            self.findings.before_dump()
             images.mkdir(mode=0o700, parents=True)
             files: list[dict[str, Any]] = []
             with self._dump(images, lock, files, mode) as result:
@@ -194,7 +193,7 @@ class Checkpointer:
             # dump off first.
             if self._run.capsule is not None and not self._run.capsule.wait(_ENDING_SECONDS):
                 self.last_error = str(error)
-                if not isinstance(error, StoreUnavailable | StoreRefused):
+                if not isinstance(error, CheckpointRefused | StoreUnavailable | StoreRefused):
                     self._modes.failed(mode)
                 hint = getattr(error, "hint", None)
                 self._events.add("checkpoint-failed", f"{name}: {error}", checkpoint=name, hint=hint)

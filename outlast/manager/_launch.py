@@ -155,7 +155,8 @@ class Launcher:
             run.mom.await_script(shim.stdio[0])
         run.passed = passed_through(shim.stdio)
         environment = {**shim.environment, VARIABLE: str(run.directory.with_name(run.job.job_id))}
-        capsule = start_capsule(shim.context, run.argv, environment, run.directory)
+        compatible = shim.environment.get("OUTLAST_FILTER") != "off"
+        capsule = start_capsule(shim.context, run.argv, environment, run.directory, compat_filter=compatible)
         # The log can be read on the store's machine, so it does not tell the arguments.
         self._events.add("started", Path(run.argv[0]).name, interval=run.interval)
         return capsule
