@@ -77,6 +77,10 @@ class NoScheduler:
         """Refuse."""
         raise SchedulerRefused(f"job {handle}: there is no scheduler to start it on {node}")
 
+    def leave(self, handle: str, *, hold: bool, to: str | None) -> str | None:
+        """Return None: whatever can be done its manager does."""
+        return None
+
     def release(self, handle: str) -> None:
         """Refuse."""
         raise SchedulerRefused(f"job {handle}: there is no scheduler that holds it")

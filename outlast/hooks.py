@@ -99,6 +99,7 @@ def _pbs_launch(config: Path) -> None:
         "spool": _variable("OUTLAST_SPOOL"),
         "keep": [path for path in _variable("OUTLAST_KEEP").split(":") if path],
         "attach": _variable("OUTLAST_ATTACH"),
+        "ahead": int(_variable("OUTLAST_RUNS_AHEAD")),
     }
     options = ["--config", str(config), "manager", "--job", job_id, "--uid", str(int(uid))]
     start_manager(job_id, [*options, "--mom", json.dumps(mom)])

@@ -143,6 +143,9 @@ class _Cluster:
     def release(self, handle: str) -> None:
         raise NotImplementedError(handle)
 
+    def leave(self, handle: str, *, hold: bool, to: str | None) -> str | None:
+        raise NotImplementedError(handle)
+
     def drain(self, node: str, reason: str) -> None:
         raise NotImplementedError(node, reason)
 

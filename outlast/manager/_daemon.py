@@ -33,8 +33,8 @@ from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
 from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, remember_choice
-from outlast.manager._leaving import Leaving
-from outlast.manager._mom import Mom
+from outlast.manager._leaving import Leaving, Mover
+from outlast.manager._mom import HELD, Mom, MomMover
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import JobKey, JobState, Lease, parse_interval
@@ -306,7 +306,7 @@ class Manager:
                 raise ShimGone("the job was ended while it waited for the run before it to have ended")
 
     def _hold_lease(self, run: Run) -> Holding:
-        scheduler = self._scheduler = None if self._standalone else _witness(self._config)
+        scheduler = self._scheduler = None if self._standalone else _witness(self._config, self._mom)
         ask: Ask | None = None if scheduler is None else lambda: scheduler.job(self._job.job_id)
         return Holding(self._config.lease, self._lease(run), self._events, ask)
 
@@ -334,22 +334,27 @@ class Manager:
         """Checkpoint the running job from now on, and see to its end."""
         self._checkpointer = Checkpointer(self._config, run, self._criu, self._launcher, self._events, say)
         self._checkpointer.start()
-        if (
-            isinstance(self._scheduler, SlurmScheduler)
-            and self._holding is not None
-            and run.capsule is not None
-        ):
+        mover = self._mover(run)
+        if mover is not None and self._holding is not None and run.capsule is not None:
             self._leaving = Leaving(
                 (self._job.job_id, run.epoch, self._node),
                 run.capsule,
                 self._checkpointer,
                 self._holding,
                 self._events,
-                self._scheduler,
+                mover,
             )
             if self._config.restart.at_time_limit:
                 self._leaving.before_end(end)
         threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
+
+    def _mover(self, run: Run) -> Mover | None:
+        """Return what has the scheduler run the job again, if there is such a thing."""
+        if isinstance(self._scheduler, SlurmScheduler):
+            return self._scheduler
+        if self._scheduler is None or run.mom is None or run.capsule is None:
+            return None
+        return MomMover(run.mom, self._scheduler, run.capsule.kill)
 
     def _await_end(self, run: Run) -> None:
         assert run.capsule is not None  # noqa: S101
@@ -458,7 +463,7 @@ class Manager:
             f"user {request.get('uid')} asked for it",
             hold=hold,
             to=to,
-            away=not hold,
+            away=not hold and self._mom is None,
             unbind=bound.get("node") == self._node,
         )
 
@@ -516,8 +521,10 @@ class Manager:
         if self._mom is None or self._checkpointer is None or self._run is None or self._run.capsule is None:
             raise UsageError(f"job {self._job.job_id} does not run on this node")
         name = self._checkpointer.take().id.name(self._job.job_id)
+        if self._holding is not None:
+            self._holding.stop()  # what it would do from now on would be done once more
         self._events.add("held", f"the run ends with checkpoint {name}")
-        self._mom.ask_for_rerun("held")
+        self._mom.ask_for_rerun(HELD)
         # MoM goes on with a hold when its action has ended, and gets it wrong if the job is gone before it has.
         threading.Timer(_HOLD_SECONDS, self._run.capsule.kill).start()
         return {"checkpoint": name}
@@ -551,11 +558,11 @@ class Manager:
         self._take_over(run)
 
 
-def _witness(config: Config) -> Witness | None:
+def _witness(config: Config, mom: Mom | None) -> Witness | None:
     """Return whom to ask of the job's run when the store does not answer, if there is anybody."""
     try:
         if config.scheduler == "pbs":
-            return PbsScheduler(timeout=config.lease.ttl / 2)
+            return PbsScheduler(timeout=config.lease.ttl / 2, ahead=mom.ahead if mom is not None else 0)
         return SlurmScheduler(timeout=config.lease.ttl / 2)
     except ConfigError as error:
         log.warning("a store that does not answer will have the job stand still: %s", error)

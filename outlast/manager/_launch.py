@@ -293,7 +293,7 @@ def epoch_of(environment: Mapping[str, str]) -> int:
 
 def end_of(environment: Mapping[str, str]) -> float | None:
     """Return when a shim with *environment* must have ended, in Unix time, as far as the scheduler says."""
-    text = environment.get("SLURM_JOB_END_TIME", "")
+    text = environment.get("SLURM_JOB_END_TIME") or environment.get("OUTLAST_END_TIME", "")
     return float(text) if text.isdecimal() else None
 
 

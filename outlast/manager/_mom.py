@@ -17,19 +17,24 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from outlast.errors import CheckpointRefused, OutlastError, RestoreFailed
 from outlast.manager._files import open_for_writing
+from outlast.model import SchedulerJob
+from outlast.scheduler import SchedulerRefused, Witness
 
 log = logging.getLogger(__name__)
 
 _ATTACH_SECONDS = 10.0
 _SCRIPT_SECONDS = 5.0
 _TAR_SECONDS = 3600.0
+# What the epilogue hook is told of runs that ended by no fault, however many there are: plugins/pbs.
+HELD = "held"
+LEFT = "left its host in good time"
 # A temporary directory is copied while the job stands still: beyond this it would stand still for too long.
 _LARGEST_DIRECTORY = 4 << 30
 
@@ -38,7 +43,8 @@ _LARGEST_DIRECTORY = 4 << 30
 class Mom:
     """MoM's hold on one run of a job: its PBS id, the spool, directories made for this run, `pbs_attach`.
 
-    *marker* is the file by which the epilogue hook learns that the job is to run again, and why.
+    *marker* is the file by which the epilogue hook learns that the job is to run again, and why; *ahead* is
+    by how much its run_version is more than its run_count.
     """
 
     pbs_id: str
@@ -46,13 +52,16 @@ class Mom:
     directories: tuple[Path, ...]
     attach_program: Path
     marker: Path
+    ahead: int = 0
 
     @classmethod
     def parse(cls, text: str, marker: Path) -> Mom:
         """Make one of what `outlast hook pbs-launch` passes on as JSON."""
         told = json.loads(text)
         directories = tuple(Path(path) for path in told["keep"])
-        return cls(told["id"], Path(told["spool"]), directories, Path(told["attach"]), marker)
+        return cls(
+            told["id"], Path(told["spool"]), directories, Path(told["attach"]), marker, int(told["ahead"])
+        )
 
     def await_script(self, stdin: int) -> None:
         """Wait until MoM has written the script's name into the pipe *stdin*, and has closed its end.
@@ -150,7 +159,7 @@ class Mom:
                     os.ftruncate(fd, entry["size"])
 
     def ask_for_rerun(self, why: str) -> None:
-        """Have the epilogue hook give the job back to the queue; *why* is "held", or is logged there."""
+        """Have the epilogue hook give the job back to the queue; *why* is HELD, LEFT, or else counts as a fault."""
         with contextlib.suppress(OSError):
             self.marker.write_text(why + "\n")
 
@@ -167,6 +176,39 @@ class Mom:
                 # With O_APPEND the offset is the end all the same; either way the file is what it was.
                 offset += os.pwrite(fd, block, offset)
         os.fchmod(fd, mode)
+
+
+class MomMover:
+    """What leaving asks of a scheduler: the run ends here, and MoM's epilogue hook queues the job."""
+
+    def __init__(self, mom: Mom, witness: Witness, end: Callable[[], None]) -> None:
+        """*end* ends this run of the job at once."""
+        self._mom = mom
+        self._witness = witness
+        self._end = end
+
+    def job(self, job_id: str) -> SchedulerJob | None:
+        """Return the job as it stands now."""
+        return self._witness.job(job_id)
+
+    def requeue(self, handle: str) -> None:
+        """Run the job again under its own id."""
+        self._mom.ask_for_rerun(LEFT)
+        self._end()
+
+    def requeue_hold(self, handle: str) -> None:
+        """Refuse: only PBS's server can hold a job."""
+        raise SchedulerRefused(f"hold the job with PBS's own command: qhold {handle}")
+
+    def exclude(self, handles: Sequence[str], nodes: Sequence[str], *, at_once: bool = False) -> None:
+        """Leave it to PBS where the job goes on; a node that is drained is out of service for all."""
+
+    def require(self, handle: str, node: str) -> None:
+        """Leave it to PBS where the job goes on: a move to one node is the watcher's."""
+
+    def kill_wait(self) -> float:
+        """Return 0: MoM kills a job that is queued again at once."""
+        return 0.0
 
 
 def _behind(stdio: Sequence[int], path: Path) -> int | None:

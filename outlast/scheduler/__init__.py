@@ -61,6 +61,16 @@ class Scheduler(Protocol):
     def release(self, handle: str) -> None:
         """Let a job that is held run."""
 
+    def leave(self, handle: str, *, hold: bool, to: str | None) -> str | None:
+        """Have a running job saved and its run ended by the scheduler itself, where it is the one that does so.
+
+        The job then waits until it is released (*hold*), or goes on, on *to* or else on another node.
+
+        Returns:
+            None: this scheduler does not; the job's manager sees to it. Else the node where the job is to go
+            on, "" for a job that is held; what happens takes as long as a checkpoint, and is not waited for.
+        """
+
     def drain(self, node: str, reason: str) -> None:
         """Let nothing more start on *node*; what runs there runs on."""
 

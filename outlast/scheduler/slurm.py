@@ -241,6 +241,10 @@ class SlurmScheduler:
         """See `Scheduler.require`."""
         self._run(require_command(handle, node))
 
+    def leave(self, handle: str, *, hold: bool, to: str | None) -> str | None:
+        """See `Scheduler.leave`: the job's manager does."""
+        return None
+
     def drain(self, node: str, reason: str) -> None:
         """See `Scheduler.drain`."""
         self._run(drain_command(node, reason))

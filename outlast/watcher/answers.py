@@ -157,7 +157,12 @@ class Desk:
                     raise UsageError(f"{to}: the scheduler knows no such node")
                 if to in known.nodes:
                     raise UsageError(f"job {job.job_id}: runs on {to} already")
+            where = self._scheduler.leave(known.handle, hold=operation == "hold", to=to)
+            to = where or to
+            if to is not None:
                 _record(store, job, BOUND, known.epoch, to, f"{to}: user {peer.uid} has the job run there")
+            if where is not None:
+                return {}
             return {"request": store.post_request(job, {"op": operation, "uid": peer.uid, "to": to})}
 
     def _release(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,6 +37,8 @@ _CALL_SECONDS = 10
 # A job that was checkpointed by PBS itself and whose host went down and came back at once.
 # Source: OpenPBS, src/include/job.h, JOB_EXEC_INITRST.
 _INITRST = -5
+# What a manager asks another run for, however often: it had the job end its run with a checkpoint.
+_NO_FAULT = ("held", "left its host in good time")
 # The shim's, where no manager answers and the job must not be begun from its start.
 _TEMPORARY_FAILURE = 75
 # Before every task, even where the shim itself has gone: a restarted job must not begin from its start.
@@ -162,8 +164,21 @@ def launch(event, settings):
         _log(job, "outlast: no manager: " + error)
     environment["OUTLAST_JOB_ID"] = name
     environment["OUTLAST_EPOCH"] = str(version - 1)
+    end = _end_of(job)
+    if end:
+        environment["OUTLAST_END_TIME"] = str(end)
     event.argv = [settings["shim"], "--interval", interval, "--", *shell]
     event.progname = settings["shim"]
+
+
+def _end_of(job):
+    """When MoM ends the run for its walltime, in Unix time; None where it has none."""
+    limit = job.Resource_List["walltime"] if job.Resource_List is not None else None
+    if limit is None or job.stime is None:
+        return None
+    # A run that follows a hold may begin with what the runs before it have used.
+    used = job.resources_used["walltime"] if job.resources_used is not None else None
+    return int(job.stime) + int(limit) - int(used or 0)
 
 
 def _facts(job, environment, name, settings):
@@ -175,6 +190,7 @@ def _facts(job, environment, name, settings):
         "OUTLAST_JOB_ID": name,
         "OUTLAST_JOB_UID": str(pwd.getpwnam(str(job.euser)).pw_uid),
         "OUTLAST_PBS_ID": str(job.id),
+        "OUTLAST_RUNS_AHEAD": str(int(job.run_version) - int(job.run_count)),
         "OUTLAST_SPOOL": os.path.join(conf.get("PBS_HOME", "/var/spool/pbs"), "spool"),
         "OUTLAST_KEEP": ":".join(path for path in kept if path != home),
         "OUTLAST_ATTACH": os.path.join(conf.get("PBS_EXEC", "/opt/pbs"), "bin", "pbs_attach"),
@@ -206,7 +222,7 @@ def epilogue(event, settings):
         _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)
     if why is None:
         return
-    if why != "held" and int(job.run_count) >= int(settings["reruns"]):
+    if why not in _NO_FAULT and int(job.run_count) >= int(settings["reruns"]):
         _log(job, "outlast: not run again, after %s runs: %s" % (job.run_count, why))
         return
     _log(job, "outlast: runs again: " + why)

@@ -135,6 +135,9 @@ def test_the_manager_is_told_of_moms_ways(site: Site) -> None:
     assert f"OUTLAST_JOB_UID={os.geteuid()}" in variables
     assert "OUTLAST_PBS_ID=48.h3srv" in variables
     assert "OUTLAST_KEEP=/var/tmp/pbs.48.h3srv" in variables, "home is no directory of this run's"
+    assert "OUTLAST_RUNS_AHEAD=0" in variables, (
+        "by which the manager knows a run whose run_version it is not told"
+    )
     assert any(re.fullmatch(r"OUTLAST_ATTACH=/.*/bin/pbs_attach", one) for one in variables)
     assert any(re.fullmatch(r"OUTLAST_SPOOL=/.*/spool", one) for one in variables)
 
@@ -142,6 +145,19 @@ def test_the_manager_is_told_of_moms_ways(site: Site) -> None:
 def test_the_epoch_is_the_number_of_runs_before_this_one(site: Site) -> None:
     outcome = site.run("execjob_launch", ASKS, ("run_version=1", "run_version=4"))
     assert "OUTLAST_EPOCH=3" in str(outcome.value("env")).split(",")
+
+
+def test_the_end_of_the_walltime_is_told(site: Site) -> None:
+    assert "OUTLAST_END_TIME" not in str(site.run("execjob_launch", ASKS).value("env")), "there is none"
+    limit = (
+        "Resource_List[ncpus]=1",
+        "Resource_List[ncpus]=1\npbs.event().job.Resource_List[walltime]=01:00:00",
+    )
+    used = ("resources_used[walltime]=00:00:00", "resources_used[walltime]=00:10:00")
+    # The captured job began at 1795304613.
+    for changes, end in (([limit], 1795308213), ([limit, used], 1795307613)):
+        outcome = site.run("execjob_launch", ASKS, *changes)
+        assert f"OUTLAST_END_TIME={end}" in str(outcome.value("env")).split(",")
 
 
 def test_seconds_are_asked_for_with_a_variable(site: Site) -> None:
@@ -204,8 +220,9 @@ def test_no_fault_of_the_hook_ends_a_job(site: Site, event: str, fault: str) -> 
         assert outcome.value("progname") == "/bin/bash"
 
 
-def test_a_job_that_was_held_is_given_back_to_the_queue(site: Site) -> None:
-    marker = marked(site, "held")
+@pytest.mark.parametrize("why", ["held", "left its host in good time"])
+def test_a_job_that_ended_its_run_with_a_checkpoint_is_given_back_to_the_queue(site: Site, why: str) -> None:
+    marker = marked(site, why)
     assert site.run("execjob_epilogue", ("run_count=1", "run_count=99")).value("job._rerun") == "True"
     assert not marker.exists()
     assert site.run("execjob_epilogue").value("job._rerun") is None, "the marker counts once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,19 @@ import pytest
 from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobKey, JobState
 from outlast.scheduler import SchedulerRefused, SchedulerUnavailable
-from outlast.scheduler.pbs import (
+from outlast.scheduler._pbs_text import (
     EXIT_WORDS,
-    PbsScheduler,
+    bound,
     down_nodes,
     job_name,
     jobs_on,
     parse_jobs,
     parse_nodes,
+    roomy_node,
     to_readmit,
 )
+from outlast.scheduler.pbs import PbsScheduler
+from tests.cluster import eventually
 
 DATA = Path(__file__).parent / "data"
 JOBS = (DATA / "pbs.jobs.json").read_text()
@@ -47,6 +51,12 @@ def test_a_running_job_is_read() -> None:
 def test_a_waiting_jobs_epoch_is_that_of_its_next_run() -> None:
     (job,) = parse_jobs(changed(JOBS, "Jobs", "0.ctl", job_state="Q", run_version=3, exec_host=None), USERS)
     assert (job.state, job.epoch, job.nodes) == (JobState.PENDING, 3, ())
+
+
+def test_who_is_no_manager_of_pbs_knows_a_run_by_its_count() -> None:
+    text = changed(JOBS, "Jobs", "0.ctl", run_version=None, run_count=2)
+    assert parse_jobs(text, USERS)[0].epoch == 1
+    assert parse_jobs(text, USERS, ahead=3)[0].epoch == 4, "a manager of PBS had set the count back"
 
 
 @pytest.mark.parametrize("letter", "QHWT")
@@ -148,7 +158,7 @@ def test_the_jobs_on_a_node_are_found_by_where_they_run() -> None:
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Programs in the place of PBS's, which write down their arguments and print what a file beside them says."""
-    for name in ("qstat", "pbsnodes", "qrerun"):
+    for name in ("qstat", "pbsnodes", "qrerun", "qhold", "qrls", "qalter", "qmgr"):
         program = tmp_path / name
         program.write_text(
             f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n'
@@ -192,3 +202,99 @@ def test_without_pbs_there_is_a_word_on_it(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("outlast.scheduler.pbs._PLACES", ())
     with pytest.raises(ConfigError, match="qstat: not on PATH"):
         PbsScheduler()
+
+
+@pytest.mark.parametrize(
+    ("select", "node", "then"),
+    [
+        ("1:ncpus=1", "n2", "1:ncpus=1:host=n2"),
+        ("1:ncpus=1:host=n1", "n2", "1:ncpus=1:host=n2"),
+        ("2:ncpus=1+1:ncpus=2:host=n1:mem=1gb", "n2", "2:ncpus=1:host=n2+1:ncpus=2:mem=1gb:host=n2"),
+        ("1:ncpus=1:host=n2", "", "1:ncpus=1"),
+    ],
+)
+def test_a_job_is_bound_to_a_node_by_its_select_statement(select: str, node: str, then: str) -> None:
+    assert bound(select, node) == then
+
+
+def with_resources(**more: object) -> str:
+    """The captured job, with *more* in its Resource_List."""
+    row = json.loads(JOBS)["Jobs"]["0.ctl"]
+    return changed(JOBS, "Jobs", "0.ctl", Resource_List=row["Resource_List"] | more)
+
+
+def test_the_node_that_a_job_asks_for_is_known() -> None:
+    assert parse_jobs(with_resources(select="1:ncpus=1:host=n2:mem=1gb"), USERS)[0].required == ("n2",)
+    assert parse_jobs(JOBS, USERS)[0].required == ()
+
+
+def test_a_running_jobs_end_is_its_start_and_its_walltime() -> None:
+    begin = time.mktime(time.strptime("2026-11-22 02:19:34", "%Y-%m-%d %H:%M:%S"))
+    assert parse_jobs(with_resources(walltime="01:00:30"), USERS)[0].end == begin + 3630
+    assert parse_jobs(JOBS, USERS)[0].end == 0.0, "it has no walltime"
+
+
+def test_a_node_with_room_is_another_than_the_jobs_own() -> None:
+    row = json.loads(JOBS)["Jobs"]["0.ctl"]
+    assert roomy_node(NODES, row) == "n1"
+    assert roomy_node(changed(NODES, "nodes", "n1", resources_assigned={"ncpus": 2}), row) is None
+    assert roomy_node(changed(NODES, "nodes", "n1", state="job-busy"), row) is None
+    assert roomy_node(changed(NODES, "nodes", "n1", state="offline"), row) is None
+
+
+def calls_after(commands: Path, last: str) -> list[str]:
+    """What was called, once that begins with *last*, without the questions."""
+
+    def called() -> list[str]:
+        lines = (commands / "calls").read_text().splitlines() if (commands / "calls").exists() else []
+        return [line for line in lines if not line.startswith(("qstat", "pbsnodes -a"))]
+
+    eventually(lambda: called() and called()[-1].startswith(last), within=20, what=f"{last}: {called()}")
+    return called()
+
+
+RUNNING = changed(JOBS, "Jobs", "0.ctl", substate=42)
+
+
+def test_a_job_is_moved_by_a_hold_of_its_own_kind_and_bound_meanwhile(commands: Path) -> None:
+    (commands / "qstat.out").write_text(RUNNING)
+    assert PbsScheduler().leave("0.ctl", hold=False, to=None) == "n1"
+    eventually(lambda: "qhold" in (commands / "calls").read_text(), within=10, what="a hold")
+    (commands / "qstat.out").write_text(changed(JOBS, "Jobs", "0.ctl", job_state="H", exec_host=None))
+    assert calls_after(commands, "qmgr")[:3] == [
+        "qhold -h s 0.ctl",
+        "qalter -l select=1:ncpus=1:host=n1 0.ctl",
+        "qrls -h s 0.ctl",
+    ]
+
+
+def test_a_job_whose_hold_fails_is_not_left_held(commands: Path) -> None:
+    (commands / "qstat.out").write_text(RUNNING)
+    (commands / "qhold.err").write_text("qhold: MOM rejected hold request: 15061 0.ctl\n")
+    assert PbsScheduler().leave("0.ctl", hold=True, to=None) == ""
+    assert calls_after(commands, "qmgr")[:2] == ["qhold -h u 0.ctl", "qrls -h u 0.ctl"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "handle", "words"),
+    [
+        ({"substate": 41}, "0.ctl", "has not begun"),
+        ({"Checkpoint": "n"}, "0.ctl", "no checkpoints"),
+        ({}, "0[1].ctl", "task of an array"),
+        ({}, "1.ctl", "has not begun, or is over"),
+    ],
+)
+def test_what_pbs_would_not_save_is_not_held(
+    commands: Path, facts: dict[str, object], handle: str, words: str
+) -> None:
+    (commands / "qstat.out").write_text(changed(RUNNING, "Jobs", "0.ctl", **facts))
+    with pytest.raises(SchedulerRefused, match=words):
+        PbsScheduler().leave(handle, hold=False, to="n1")
+    assert not (commands / "calls").exists() or "qhold" not in (commands / "calls").read_text()
+
+
+def test_a_node_that_a_person_drains_is_not_put_back_by_the_watcher(commands: Path) -> None:
+    PbsScheduler().drain("n2", "outlast: maintenance")
+    assert (commands / "calls").read_text() == "pbsnodes -o -C maintenance by outlast n2\n"
+    facts = {"state": "offline", "comment": "maintenance by outlast", "last_state_change_time": 1}
+    assert to_readmit(changed(NODES, "nodes", "n2", **facts), now=2000) == ()
