@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from criu_backend import CapsuleError, Criu, CriuError
+from criu_backend import Capsule, CapsuleError, Criu, CriuError
 from outlast import control
 from outlast.config import Config, StoreConfig
 from outlast.control import Peer
@@ -56,6 +56,8 @@ _PREDECESSOR_SECONDS = 120.0
 _POLL_SECONDS = 0.5
 # How long a job that is held lives on after its last checkpoint is in the store.
 _HOLD_SECONDS = 1.5
+# How much longer hooks of other people's may keep it: an execjob_end hook's alarm, unless set, is 30 s.
+_END_HOOK_SECONDS = 120.0
 _HANG_UP_SECONDS = 0.2
 
 
@@ -526,8 +528,13 @@ class Manager:
         self._events.add("held", f"the run ends with checkpoint {name}")
         self._mom.ask_for_rerun(HELD)
         # MoM goes on with a hold when its action has ended, and gets it wrong if the job is gone before it has.
-        threading.Timer(_HOLD_SECONDS, self._run.capsule.kill).start()
+        threading.Timer(_HOLD_SECONDS, self._end_held, (self._mom, self._run.capsule)).start()
         return {"checkpoint": name}
+
+    @staticmethod
+    def _end_held(mom: Mom, capsule: Capsule) -> None:
+        mom.await_end_hooks(_END_HOOK_SECONDS)
+        capsule.kill()
 
     def _status(self) -> dict[str, Any]:
         run, checkpointer = self._run, self._checkpointer

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _ATTACH_SECONDS = 10.0
 _SCRIPT_SECONDS = 5.0
+_HOOK_POLL_SECONDS = 0.2
+_HOOK_NOTICED_SECONDS = 0.5
 _TAR_SECONDS = 3600.0
 # What the epilogue hook is told of runs that ended by no fault, however many there are: plugins/pbs.
 HELD = "held"
@@ -158,6 +160,19 @@ class Mom:
                 if fd is not None:
                     os.ftruncate(fd, entry["size"])
 
+    @staticmethod
+    def await_end_hooks(seconds: float) -> None:
+        """Return when MoM runs no hook for the event execjob_end, at most *seconds* later.
+
+        After $action checkpoint_abort MoM runs them beside the job; a job that ends meanwhile hangs in state E
+        for ever. Source: OpenPBS, src/resmom/requests.c, post_chkpt() and req_deletejob().
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and _runs_end_hook():
+            time.sleep(_HOOK_POLL_SECONDS)
+        # The hook has ended; MoM has to notice.
+        time.sleep(_HOOK_NOTICED_SECONDS)
+
     def ask_for_rerun(self, why: str) -> None:
         """Have the epilogue hook give the job back to the queue; *why* is HELD, LEFT, or else counts as a fault."""
         with contextlib.suppress(OSError):
@@ -176,6 +191,16 @@ class Mom:
                 # With O_APPEND the offset is the end all the same; either way the file is what it was.
                 offset += os.pwrite(fd, block, offset)
         os.fchmod(fd, mode)
+
+
+def _runs_end_hook() -> bool:
+    """Whether MoM runs a hook's program, by the name of the input that MoM has written for it."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"--hook" in words and any(b"/hook_execjob_end_" in word for word in words):
+                return True
+    return False
 
 
 class MomMover:
