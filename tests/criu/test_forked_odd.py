@@ -1,0 +1,101 @@
+"""Forked dumps of processes that are not as most are: with huge pages, or threads without a leader."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from criu_backend import CriuError
+from tests.criu.capsules import Place
+from tests.criu.test_forked import answer, answering, forked
+from tests.criu.waiting import eventually, exit_code
+
+pytestmark = pytest.mark.criu
+
+_NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
+
+# Its first thread ends; the second counts in memory, and says so.
+_LEADERLESS = r"""
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+
+static void *count(void *unused)
+{
+	(void)unused;
+	for (volatile unsigned long i = 0; access("stop", F_OK) != 0; i++) {
+		dprintf(1, "count %lu\n", i);
+		usleep(20000);
+	}
+	_exit(3);
+}
+
+int main(void)
+{
+	pthread_t thread;
+
+	pthread_create(&thread, NULL, count, NULL);
+	pthread_exit(NULL);
+}
+"""
+
+
+@pytest.fixture
+def huge_pages(need: Callable[[str, str | None], None]) -> Iterator[None]:
+    """Eight huge pages of 2 MiB are there to be had."""
+    before = _NR_HUGEPAGES.read_text()
+    try:
+        _NR_HUGEPAGES.write_text("8")
+    except OSError as error:
+        need("hugetlb", f"{_NR_HUGEPAGES}: {error.strerror}")
+    yield
+    _NR_HUGEPAGES.write_text(before)
+
+
+def test_huge_pages_are_of_the_instant_of_the_dump(user_place: Place, huge_pages: None) -> None:
+    job = answering(
+        user_place,
+        """
+    import mmap
+    area = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)
+    area[0] = area[2 << 20] = 1
+    def check():
+        seen = area[0], area[2 << 20]
+        area[0] += 1
+        area[2 << 20] += 1
+        return seen
+        """,
+    )
+    assert answer(user_place, job, 0) == "(1, 1)"
+    images = forked(user_place, job)
+    assert answer(user_place, job, 1) == "(2, 2)"
+    user_place.lose(job)
+    again = user_place.restore(images)
+
+    # It was asked before it was lost, and answers as it did.
+    eventually(lambda: again.said().count("answer 1 (2, 2)") == 2, "the same answer as before")
+    user_place.touch("stop")
+    assert again.ended() == exit_code(3)
+
+
+@pytest.mark.parametrize("mode", ["plain", "forked"])
+def test_process_whose_first_thread_has_ended_is_refused_and_runs_on(
+    user_place: Place, mode: str, need: Callable[[str, str | None], None]
+) -> None:
+    need("gcc", None if shutil.which("gcc") else "no gcc; install it")
+    program = user_place.path / "leaderless"
+    source = program.with_suffix(".c")
+    source.write_text(_LEADERLESS)
+    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True)
+    job = user_place.start([str(program)])
+    eventually(lambda: len(job.said()) > 3, "the second thread counts")
+    with pytest.raises(CriuError):
+        user_place.dump(job, mode=mode)
+    before = len(job.said())
+    eventually(lambda: len(job.said()) > before + 3, "the second thread goes on counting")
+    user_place.touch("stop")
+    assert job.ended() == exit_code(3)
