@@ -220,20 +220,20 @@ MANAGER = """
 import sys, time
 from pathlib import Path
 from criu_backend import Capsule, Criu
-capsule = Capsule.find(*map(int, sys.argv[2:]))
+capsule = Capsule.find(*map(int, sys.argv[3:]))
 print("dumping", flush=True)
 def on_frozen():
     print("frozen", flush=True)
     time.sleep(float(sys.stdin.readline()))
-Criu().dump(capsule, Path(sys.argv[1]), on_frozen)
+Criu().dump(capsule, Path(sys.argv[1]), on_frozen, mode=sys.argv[2])
 """
 
 
-def manager(place: Place, job: Job, pause: float) -> subprocess.Popen[bytes]:
+def manager(place: Place, job: Job, pause: float, mode: str = "plain") -> subprocess.Popen[bytes]:
     capsule = job.capsule
     numbers = (capsule.init_pid, capsule.init_start, capsule.job_pid)
     process = subprocess.Popen(
-        [sys.executable, "-c", MANAGER, str(place.images()), *map(str, numbers)],
+        [sys.executable, "-c", MANAGER, str(place.images()), mode, *map(str, numbers)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -273,16 +273,22 @@ def test_manager_killed_while_the_job_stands_still_costs_the_job_nothing(place: 
 
 
 @pytest.mark.timeout(120)
-def test_manager_killed_at_any_moment_costs_the_job_nothing(user_place: Place) -> None:
+@pytest.mark.parametrize("mode", ["plain", "forked"])
+def test_manager_killed_at_any_moment_costs_the_job_nothing(user_place: Place, mode: str) -> None:
     job = counter(user_place, mib=32)
     for _ in range(8):
-        with manager(user_place, job, 0) as process:
+        with manager(user_place, job, 0, mode) as process:
             time.sleep(random.uniform(0, 0.25))  # noqa: S311 - a moment, not a secret
             process.send_signal(signal.SIGKILL)
 
         assert goes_on(user_place)
         eventually(lambda: no_criu_is_left(user_place), "CRIU has ended")
-    user_place.dump(job)
+    _, result = user_place.dump(job, mode=mode)
+    assert (result.mode, result.reason) == (mode, None)
+    init = job.capsule.init_pid
+    # Those of the managers that were killed, and those of the last dump.
+    children = Path(f"/proc/{init}/task/{init}/children")
+    eventually(lambda: children.read_text().split() == [str(job.pid)], "no twin is left")
     assert ends_well(user_place, job)
 
 
