@@ -57,6 +57,7 @@ class CheckpointConfig:
     criu: str = "criu"
     tcp: str = "established"
     mode: str = "auto"  # how memory is dumped; docs/adr/0006-forked-checkpoints.md
+    cpu_share: float = 0.0  # cores that shipping a checkpoint may take on average, such as 0.5; 0 is no bound
     spool: Path = Path("/run/outlast/jobs")
     scratch: str = "/tmp:/var/tmp:/dev/shm"  # noqa: S108 - where files are this node's own; "" for nowhere
     save_files: str = "256M"  # what a checkpoint holds at most of files there and of those written in place
@@ -70,6 +71,8 @@ class CheckpointConfig:
             raise ValueError(
                 f'scratch = "{self.scratch}": must be paths from the root, with colons between them'
             )
+        if not (self.cpu_share == 0 or 0.01 <= self.cpu_share <= 1024):
+            raise ValueError(f"cpu_share = {self.cpu_share:g}: must be 0, or 0.01 to 1024")
         if not 1 <= self.keep <= 1000:
             raise ValueError(f"keep = {self.keep}: must be 1 to 1000")
         if self.mode not in ("auto", "forked", "lazy", "plain"):

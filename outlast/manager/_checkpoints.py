@@ -21,6 +21,7 @@ from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
+from outlast.manager._pace import paced
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import declared, save
 from outlast.model import Checkpoint, CheckpointId
@@ -278,6 +279,10 @@ class Checkpointer:
         appended = [one for one in declared(run.workdir, run.globs, run.uid) if one.get("path") not in have]
         return files + appended + kept
 
+    def _is_awaited(self) -> bool:
+        """Whether somebody waits for the checkpoint under way, or the job for nothing but this."""
+        return self._ended or self._answered < self._asked
+
     def _ship(
         self,
         store: Store,
@@ -290,10 +295,11 @@ class Checkpointer:
         """Publish the checkpoint; while the store does not answer try again until the next one is due."""
         wait = _FIRST_RETRY_SECONDS
         told = False
+        memories = paced(result.memories, self._config.checkpoint.cpu_share, hurry=self._is_awaited)
         while True:
             try:
                 self._launcher.settle(self._run.job, store)
-                checkpoint = store.publish(self._run.job, id_, images, meta, result.memories)
+                checkpoint = store.publish(self._run.job, id_, images, meta, memories)
                 break
             except StoreRefused:
                 # Older checkpoints make room for this one; the newest stays until it is there.
