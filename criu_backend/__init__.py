@@ -5,7 +5,7 @@ from __future__ import annotations
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
 from criu_backend._criu import Criu
 from criu_backend._explain import INCOMPLETE, Finding, explain, way_out
-from criu_backend._images import opened_files, pycriu_version
+from criu_backend._images import opened_files, pycriu_version, warm_up
 from criu_backend._memory import Memory, put_back
 from criu_backend._postcopy import PageServer, write_eager_pages
 from criu_backend._result import DumpResult
@@ -34,6 +34,7 @@ __all__ = [
     "restore_capsule",
     "self_test",
     "start_capsule",
+    "warm_up",
     "way_out",
     "write_eager_pages",
 ]

@@ -28,7 +28,6 @@ from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid, statistics
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._ports import free_ports
-from criu_backend._postcopy import PageServer
 from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
 from criu_backend._said import CriuError, error_from_log
@@ -52,6 +51,7 @@ class Criu:
     ) -> None:
         self._program = program
         self._helper = helper
+        self._known: tuple[tuple[str, int, int], str] | None = None  # which program, and its version
         self._plugin = TwinPlugin(twin_library)
 
     def version(self) -> str:
@@ -60,6 +60,18 @@ class Criu:
         Raises:
             CriuError: there is no CRIU, or it is older than 4.1, the oldest that is supported.
         """
+        # Asked once, since a job may be waiting; another file in its place is asked anew.
+        path = shutil.which(self._program) or self._program
+        info = os.stat(path) if os.path.exists(path) else None  # noqa: PTH116, PTH110
+        which = (path, info.st_ino, info.st_mtime_ns) if info is not None else None
+        if self._known is not None and self._known[0] == which:
+            return self._known[1]
+        version = self._ask_version()
+        if which is not None:
+            self._known = (which, version)
+        return version
+
+    def _ask_version(self) -> str:
         try:
             text = subprocess.run(
                 [self._program, "--version"],
@@ -227,7 +239,7 @@ class Criu:
         dumped_by: str,
         tcp: str = "established",
         inherit: Sequence[tuple[int, str]] = (),
-        pages: PageServer | None = None,
+        pages: socket.socket | None = None,
         stopped: bool = False,
     ) -> Capsule:
         """Bring the tree in *images* back to life in a capsule of its own, in the place of *context*.
@@ -237,8 +249,9 @@ class Criu:
             dumped_by: CRIU's version that wrote the images.
             inherit: which of the standard descriptors (0, 1, 2) of *context* take the place of which open
                 file of the tree, in CRIU's words, such as (1, "pipe:[4711]").
-            pages: the tree runs at once, and gets its pages from this server afterwards; *images* must stay
-                until `pages` is complete. Should that fail, the capsule ends.
+            pages: the tree runs at once, and gets its pages afterwards from the `PageServer` at the other end
+                of this, which is closed here; *images* must stay until that is complete. Should it fail, the
+                capsule ends.
             stopped: leave all processes of the tree stopped: none of them runs an instruction.
 
         Raises:
@@ -280,7 +293,7 @@ class Criu:
             command.append("--lazy-pages")
             daemon = [self._program, "lazy-pages", "--no-default-config", "--images-dir", os.fspath(images)]
             daemon += ["--log-file", "lazy.log", "-v2", "--page-server", "--ps-socket", str(PAGES_FD)]
-            pager = ([*daemon, "--status-fd", str(READY_FD)], pages.peer.fileno())
+            pager = ([*daemon, "--status-fd", str(READY_FD)], pages.fileno())
         try:
             # Far from the tree's own, and from what those of its processes that are gone were called.
             last = last_pid + 10000
@@ -291,7 +304,7 @@ class Criu:
             raise
         finally:
             if pages is not None:
-                pages.peer.close()  # so that the end of CRIU's daemon is seen
+                pages.close()  # so that the end of CRIU's daemon is seen
 
 
 def _common_options(tcp: str) -> list[str]:

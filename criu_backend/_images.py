@@ -34,6 +34,11 @@ def pycriu_version() -> str | None:
     return str(pycriu.__version__)
 
 
+def warm_up() -> None:
+    """Import what takes long to, while nobody waits for it."""
+    pycriu_version()
+
+
 def entries(image: Path) -> list[dict[str, Any]]:
     """Return the entries of one image file as dictionaries of CRIU's own field names.
 

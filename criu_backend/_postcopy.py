@@ -7,6 +7,7 @@ reads them from wherever the checkpoint is. Source of the protocol: criu 4.2, cr
 from __future__ import annotations
 
 import bisect
+import contextlib
 import socket
 import struct
 import threading
@@ -97,12 +98,18 @@ class PageServer:
         return data
 
 
-def write_eager_pages(images: Path, runs: Runs, read: Read) -> int:
+def write_eager_pages(
+    images: Path,
+    runs: Runs,
+    read: Read,
+    announce: Callable[[Sequence[tuple[int, int, int]]], object] = lambda _: None,
+) -> int:
     """Make the pages files of *runs* in *images*, holes but for the pages that CRIU restores at once.
 
-    Returns how many pages those are. Raises what *read* raises.
+    *announce* is called first, with all that *read* is about to be asked for (space, vaddr, pages): fetched
+    together, it takes one round trip. Returns how many pages those are. Raises what *read* raises.
     """
-    count = 0
+    wanted: list[tuple[str, int, int, int]] = []
     for name, some in runs.items():
         with (images / name).open("xb") as file:
             file.truncate(sum(pages for _, _, pages in some) * PAGE)
@@ -114,11 +121,13 @@ def write_eager_pages(images: Path, runs: Runs, read: Read) -> int:
         for entry in pagemap.entries:
             if not entry.flags & PRESENT or entry.flags & LAZY:
                 continue
-            with (images / name).open("r+b") as file:
-                for first in range(0, entry.pages, _MOST_PAGES):
-                    vaddr = entry.vaddr + first * PAGE
-                    part = min(_MOST_PAGES, entry.pages - first)
-                    file.seek(indices[name].offset(space, vaddr, part * PAGE))
-                    file.write(read(space, vaddr, part))
-            count += entry.pages
-    return count
+            for first in range(0, entry.pages, _MOST_PAGES):
+                part = min(_MOST_PAGES, entry.pages - first)
+                wanted.append((name, space, entry.vaddr + first * PAGE, part))
+    announce([(space, vaddr, pages) for _, space, vaddr, pages in wanted])
+    with contextlib.ExitStack() as closing:
+        files = {name: closing.enter_context((images / name).open("r+b")) for name in runs}
+        for name, space, vaddr, pages in wanted:
+            files[name].seek(indices[name].offset(space, vaddr, pages * PAGE))
+            files[name].write(read(space, vaddr, pages))
+    return sum(pages for _, _, _, pages in wanted)

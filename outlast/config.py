@@ -110,6 +110,17 @@ class RestartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """The [verify] table: what `outlast verify --due` does."""
+
+    every: int = 86400  # seconds after which a job's newest checkpoint is to be verified once more
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every <= 366 * 86400:
+            raise ValueError(f"every = {self.every}: must be between 1 second and 366 days")
+
+
+@dataclasses.dataclass(frozen=True)
 class LeaseConfig:
     """The [lease] table, in seconds: for how long a run may go on of which nothing is heard."""
 
@@ -144,6 +155,7 @@ class Config:
     store: StoreConfig = StoreConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     restart: RestartConfig = RestartConfig()
+    verify: VerifyConfig = VerifyConfig()
     lease: LeaseConfig = LeaseConfig()
     watcher: WatcherConfig = WatcherConfig()
 

@@ -24,9 +24,22 @@ _READY_SECONDS = 10.0
 _ACTION_SECONDS = 3600.0
 _TELL_SECONDS = 2.0
 
-# Starts the manager anew when it dies; costs a shell. A manager that cannot start at all is given up: then
-# the file that has others wait for it, by whose name the shell goes, is removed.
-_SUPERVISE = 'n=0; until "$@"; do n=$((n+1)); [ "$n" -lt 5 ] || { rm -f "$0"; exit 1; }; sleep 1; done'
+# A manager that has lived for so long could start, whatever it died of.
+_GOOD_LIFE_SECONDS = 60
+
+
+def supervisor(good_life: int = _GOOD_LIFE_SECONDS, pause: float = 1.0) -> str:
+    """Return the program for a shell that starts its arguments anew whenever they fail; its $0 is a file.
+
+    It costs a shell. A command that dies for the fifth time in a row is given up, and the file, which has others
+    wait for it, is removed; one that has lived for *good_life* seconds begins a new row. There are *pause*
+    seconds between two starts.
+    """
+    return (
+        'n=0; while t=$(date +%s); ! "$@"; do '
+        f"[ $(($(date +%s) - t)) -lt {good_life} ] || n=0; n=$((n+1)); "
+        '[ "$n" -lt 5 ] || { rm -f "$0"; exit 1; }; sleep 1; done'
+    )
 
 
 def start_manager(job_id: str, options: Sequence[str]) -> Path:
@@ -49,7 +62,7 @@ def start_manager(job_id: str, options: Sequence[str]) -> Path:
         starting.touch()
         with (_LOGS / f"{job_id}.log").open("ab") as log:
             subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISE, os.fspath(starting), *command],
+                ["/bin/sh", "-c", supervisor(), os.fspath(starting), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

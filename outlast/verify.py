@@ -8,6 +8,7 @@ an instruction, so nothing of the job's is changed and nobody hears of it twice.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -17,14 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from criu_backend import CapsuleError, Context, Criu, CriuError, opened_files
 from outlast.config import Config
 from outlast.errors import CorruptCheckpoint, OutlastError, UsageError
+from outlast.manager._cpu import UnfitNode, require
 from outlast.model import Checkpoint, CheckpointId, JobKey
+
+if TYPE_CHECKING:
+    from outlast.store import Store
 
 _RUNTIME = Path("/run/outlast")
 _SECONDS = 600.0
@@ -43,8 +48,7 @@ def verify(config: Config, job: JobKey, id_: CheckpointId) -> dict[str, Any]:
     """
     from outlast.store import open_store
 
-    if os.geteuid() != 0:
-        raise UsageError("verify: only root can restore what is another user's")
+    _require_root()
     begin = time.monotonic()
     name = id_.name(job.job_id)
     _RUNTIME.mkdir(mode=0o755, exist_ok=True)
@@ -60,6 +64,72 @@ def verify(config: Config, job: JobKey, id_: CheckpointId) -> dict[str, Any]:
                 checkpoint = next(one for one in store.checkpoints(job) if one.id == id_)
                 found |= _in_sandbox(Path(place), checkpoint, config)
     return {"checkpoint": name, **found, "seconds": round(time.monotonic() - begin, 3)}
+
+
+def verify_due(config: Config) -> Iterator[dict[str, Any]]:
+    """Verify the newest checkpoint of every job that may need it and was not verified for `verify.every`.
+
+    What came of it is a record of the job, `verified`, and an event; by the record other nodes leave it out. A
+    job whose processors' instructions this node lacks is left for another node.
+
+    Yields:
+        For each one what `verify` returns.
+
+    Raises:
+        UsageError: the caller is not root, or this node is at it already.
+    """
+    from outlast.store import open_store
+
+    _require_root()
+    _RUNTIME.mkdir(mode=0o755, exist_ok=True)
+    with (_RUNTIME / "verify.lock").open("w") as lock, open_store(config.store) as store:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError("verify: this node is verifying already", hint="let that one end") from None
+        held = {view.lease.job for view in store.leases(config.cluster)}
+        for job in store.jobs(config.cluster):
+            # Of one that has ended, and does not run again, nobody needs it.
+            if job not in held and store.get_record(job, "ended") is not None:
+                continue
+            if (checkpoint := _due(config, store, job)) is None:
+                continue
+            found = verify(config, job, checkpoint.id)
+            node = socket.gethostname().split(".")[0]
+            record = {
+                "checkpoint": [checkpoint.id.epoch, checkpoint.id.seq],
+                "node": node,
+                "time": time.time(),
+            }
+            store.put_record(job, "verified", {**record, "ok": found["ok"], "why": found.get("why")})
+            event = {"time": time.time(), "node": node, "epoch": checkpoint.id.epoch}
+            event |= {"event": "verified" if found["ok"] else "not-verified", "text": sentence(found)}
+            store.append_events(job, f"verify-{node}", [event])
+            yield found
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """Return what `verify` found, for people."""
+    if found["ok"]:
+        return f"{found['checkpoint']}: {found['processes']} processes came up after {found['seconds']:.1f} s"
+    return f"{found['checkpoint']}: does not come up on this node: {found['why']}"
+
+
+def _due(config: Config, store: Store, job: JobKey) -> Checkpoint | None:
+    last = store.get_record(job, "verified")
+    if last is not None and time.time() - last["time"] < config.verify.every:
+        return None
+    checkpoints = store.checkpoints(job)
+    try:
+        require(checkpoints[0].meta.get("cpu", ()) if checkpoints else (), str(job))
+    except UnfitNode:
+        return None
+    return checkpoints[0] if checkpoints else None
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise UsageError("verify: only root can restore what is another user's")
 
 
 def _in_sandbox(place: Path, checkpoint: Checkpoint, config: Config) -> dict[str, Any]:

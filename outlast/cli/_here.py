@@ -32,7 +32,10 @@ def add(verb: AddVerb) -> None:
     sub.add_argument("--name", help="the job's name, under which it goes on when it is run again")
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGUMENT...]")
     sub = with_json(verb("verify", _verify))
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="its name, such as 17@1.4")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="its name, such as 17@1.4")
+    sub.add_argument(
+        "--due", action="store_true", help="the newest ones that were not verified for [verify] every"
+    )
     sub = verb("manager", _manager, shown=False)
     sub.add_argument("--job", required=True)
     sub.add_argument("--uid", type=int)
@@ -103,18 +106,33 @@ def _verify(args: argparse.Namespace) -> None:
 
     For root on a node. The job is not touched, whether it runs or not.
     """
-    from outlast.verify import verify
+    from outlast.verify import sentence, verify, verify_due
 
-    job_id, id_ = parse_checkpoint_name(args.checkpoint)
+    if args.due == (args.checkpoint is not None):
+        raise UsageError("verify: what?", hint="name one checkpoint, such as 17@1.4, or give --due")
     config = config_of(args)
+    if args.due:
+        bad = []
+        all_found = []
+        for found in verify_due(config):
+            all_found.append(found)
+            bad += [] if found["ok"] else [sentence(found)]
+            if found["ok"] and not args.json:
+                print(sentence(found), flush=True)
+        if args.json:
+            print_json(all_found)
+        if bad:
+            raise OutlastError("\n".join(bad))
+        return
+    job_id, id_ = parse_checkpoint_name(args.checkpoint)
     with terminal.progress(f"{args.checkpoint}: fetched and restored"):
         found = verify(config, JobKey(config.cluster, job_id), id_)
     if args.json:
         print_json(found)
     elif found["ok"]:
-        print(f"{args.checkpoint}: {found['processes']} processes came up after {found['seconds']:.1f} s")
+        print(sentence(found))
     if not found["ok"]:
-        raise OutlastError(f"{args.checkpoint}: does not come up on this node: {found['why']}")
+        raise OutlastError(sentence(found))
 
 
 def _manager(args: argparse.Namespace) -> None:

@@ -32,9 +32,10 @@ from outlast.manager._events import EventLog
 from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
-from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, remember_choice
+from outlast.manager._launch import Ahead, Launcher, end_of, epoch_of, first_epoch_of, remember_choice
 from outlast.manager._leaving import Leaving, Mover
 from outlast.manager._mom import HELD, Mom, MomMover
+from outlast.manager._pager import Pager, await_pages, read_progress
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import JobKey, JobState, Lease, parse_interval
@@ -96,13 +97,16 @@ class Manager:
         self._node = socket.gethostname().split(".")[0]
         self._criu = Criu(config.checkpoint.criu)
         self._events = EventLog(self._job, self._node)
-        self._launcher = Launcher(config, self._criu, self._events)
+        self._pager = Pager(config)
+        self._launcher = Launcher(config, self._criu, self._events, self._pager)
+        self._lease_store: Ahead | None = None
         self._run: Run | None = None
         self._checkpointer: Checkpointer | None = None
         self._launching = threading.Lock()
         self._job_over = threading.Event()  # the scheduler says that the job has ended on this node
         self._finished = threading.Event()  # nothing is left to do for it
         self._leased = threading.Event()
+        self._taken_over = threading.Event()  # the job has all its memory, and is checkpointed
         self._holding: Holding | None = None
         self._calls: Calls | None = None
         self._scheduler: Witness | None = None
@@ -118,14 +122,18 @@ class Manager:
             shim_listener = control.listen(directory / "shim.sock")
             control_listener = control.listen(directory / "manager.sock")
             self._point_link_at(directory)
+            # Each a connection of its own: one waits for no answer longer than a lease lasts.
+            self._lease_store = Ahead(
+                self._store_for_leases(), lambda store: store.get_record(self._job, "start")
+            )
+            if inherited is None:
+                self._launcher.connect(self._job)
             threading.Thread(target=self._serve_shims, args=(shim_listener,), daemon=True).start()
             threading.Thread(target=control.serve, args=(control_listener, self._handle), daemon=True).start()
             heartbeat = threading.Thread(target=self._heartbeat, daemon=True)
             heartbeat.start()
             if inherited is not None:
                 self._adopt(inherited)
-            else:
-                self._launcher.connect(self._job)
             while not self._finished.wait(_POLL_SECONDS):
                 if self._job_over.is_set() and self._run is None and not self._launching.locked():
                     break
@@ -290,6 +298,7 @@ class Manager:
         shim.started(ask=self._scheduler is not None and run.mom is None)
         self._guard(run)
         self._launcher.await_pages(run, shim)
+        run.pager = None
         run.save()
         self._take_over(run, shim.say, end_of(shim.environment))
         threading.Thread(target=self._hear, args=(shim,), daemon=True).start()
@@ -301,16 +310,19 @@ class Manager:
         holding = self._holding = self._hold_lease(run)
         if run.epoch == 0:
             return
-        with open_store(self._store_for_leases()) as store:
-            if not self._launcher.when_store_answers(
-                shim, lambda: holding.await_turn(store, lambda: shim.gone)
-            ):
-                raise ShimGone("the job was ended while it waited for the run before it to have ended")
+        # The heartbeat uses it from when the turn has come.
+        store = self._store_of_leases()
+        if not self._launcher.when_store_answers(shim, lambda: holding.await_turn(store, lambda: shim.gone)):
+            raise ShimGone("the job was ended while it waited for the run before it to have ended")
 
     def _hold_lease(self, run: Run) -> Holding:
         scheduler = self._scheduler = None if self._standalone else _witness(self._config, self._mom)
         ask: Ask | None = None if scheduler is None else lambda: scheduler.job(self._job.job_id)
         return Holding(self._config.lease, self._lease(run), self._events, ask)
+
+    def _store_of_leases(self) -> Store:
+        assert self._lease_store is not None  # noqa: S101 - made before a shim is heard
+        return self._lease_store.store()
 
     def _store_for_leases(self) -> StoreConfig:
         """The store, of which nobody waits for an answer for longer than a lease lasts."""
@@ -348,6 +360,7 @@ class Manager:
             )
             if self._config.restart.at_time_limit:
                 self._leaving.before_end(end)
+        self._taken_over.set()
         threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
 
     def _mover(self, run: Run) -> Mover | None:
@@ -371,6 +384,7 @@ class Manager:
     def _end(self, status: int | None, *, asked: bool = False) -> None:
         """The job has ended: with code *status*, by signal -*status*, or (None) killed with its capsule."""
         checkpointer = self._checkpointer
+        self._taken_over.set()  # nobody waits for it any more
         if status is None:
             self._events.add("killed", "the job was ended with its capsule")
         else:
@@ -416,7 +430,7 @@ class Manager:
     def _heartbeat(self) -> None:
         """Renew the lease, do what the mailbox asks for, ship events: for as long as the job runs."""
         fault = ""
-        with open_store(self._store_for_leases()) as store:
+        with self._store_of_leases() as store:
             while not self._finished.wait(self._config.lease.renew):
                 if not self._leased.is_set() or self._run is None:
                     continue
@@ -441,7 +455,8 @@ class Manager:
             self._holding.extend(start)
         if not self._launcher.settled or run.capsule is None:
             return
-        for request in store.take_requests(self._job):
+        # While the job's pages follow, requests stay where they are.
+        for request in store.take_requests(self._job) if self._checkpointer is not None else ():
             if self._checkpointer is None:
                 continue
             if request.get("op") == "checkpoint":
@@ -486,13 +501,12 @@ class Manager:
         if operation == "status":
             return self._status()
         if operation == "checkpoint":
-            if self._checkpointer is None:
-                raise UsageError(f"job {self._job.job_id} does not run on this node")
+            self._require_running()
             self._events.add("asked", f"user {peer.uid} asked for a checkpoint")
             if request.get("wait"):
-                return {"checkpoint": self._checkpointer.take().id.name(self._job.job_id)}
+                return {"checkpoint": self._running().take().id.name(self._job.job_id)}
             # Not before the peer has hung up: it may be a process of the job, and CRIU dumps no connections.
-            threading.Timer(_HANG_UP_SECONDS, self._checkpointer.ask).start()
+            threading.Timer(_HANG_UP_SECONDS, lambda: self._running().ask()).start()
             return {}
         if operation == "ckpt":
             return self._ckpt(peer)
@@ -511,24 +525,39 @@ class Manager:
 
     def _ckpt(self, peer: Peer) -> Mapping[str, str]:
         """Have a checkpoint taken for a process of the job, which waits for it without a connection."""
-        run, checkpointer = self._run, self._checkpointer
-        if checkpointer is None or self._calls is None or run is None or run.capsule is None:
+        run = self._require_running()
+        if self._calls is None or run.capsule is None:
             raise UsageError(f"job {self._job.job_id} does not run on this node")
         if peer.pid not in run.capsule.tasks():
             raise UsageError(f"process {peer.pid} is not of job {self._job.job_id}")
-        return self._calls.accept(lambda: checkpointer.take().id.name(self._job.job_id))
+        return self._calls.accept(lambda: self._running().take().id.name(self._job.job_id))
+
+    def _require_running(self) -> Run:
+        """Return the run that has its job running here. Raises UsageError where there is none."""
+        run = self._run
+        if run is None or run.capsule is None or self._finished.is_set():
+            raise UsageError(f"job {self._job.job_id} does not run on this node")
+        return run
+
+    def _running(self) -> Checkpointer:
+        """Return who takes the checkpoints; of a job whose pages follow there are none until all are in."""
+        self._taken_over.wait()
+        if self._checkpointer is None:
+            raise UsageError(f"job {self._job.job_id} does not run on this node")
+        return self._checkpointer
 
     def _hold(self) -> Mapping[str, Any]:
         """Take a checkpoint, and end this run when it is in the store: the scheduler holds the job."""
-        if self._mom is None or self._checkpointer is None or self._run is None or self._run.capsule is None:
+        run = self._require_running()
+        if self._mom is None or run.capsule is None:
             raise UsageError(f"job {self._job.job_id} does not run on this node")
-        name = self._checkpointer.take().id.name(self._job.job_id)
+        name = self._running().take().id.name(self._job.job_id)
         if self._holding is not None:
             self._holding.stop()  # what it would do from now on would be done once more
         self._events.add("held", f"the run ends with checkpoint {name}")
         self._mom.ask_for_rerun(HELD)
         # MoM goes on with a hold when its action has ended, and gets it wrong if the job is gone before it has.
-        threading.Timer(_HOLD_SECONDS, self._end_held, (self._mom, self._run.capsule)).start()
+        threading.Timer(_HOLD_SECONDS, self._end_held, (self._mom, run.capsule)).start()
         return {"checkpoint": name}
 
     @staticmethod
@@ -546,6 +575,7 @@ class Manager:
             "running": run is not None and run.capsule is not None and run.capsule.alive,
             "newest": newest.id.name(self._job.job_id) if newest is not None else None,
             "last_error": checkpointer.last_error if checkpointer is not None else None,
+            "pages": read_progress(run.directory) if run is not None else None,
         }
 
     # --- a manager that died and was started again -------------------------------------------------------
@@ -558,10 +588,25 @@ class Manager:
             # A dump that the old manager began goes on without it, and must be over before the next.
             fcntl.flock(file, fcntl.LOCK_EX)
         for images in (run.directory / "spool").iterdir():
-            shutil.rmtree(images, ignore_errors=True)
+            if run.pager is None or not images.name.endswith("-following"):
+                shutil.rmtree(images, ignore_errors=True)
         self._holding = self._hold_lease(run)
         self._leased.set()
         self._guard(run)
+        threading.Thread(target=self._take_over_later, args=(run,), daemon=True).start()
+
+    def _take_over_later(self, run: Run) -> None:
+        """Take over when the pages have come that the old manager's page server still gives."""
+        if run.pager is not None and run.capsule is not None:
+            found = await_pages(run.pager, run.directory, run.capsule)
+            if found.get("complete"):
+                self._events.add(
+                    "pages-arrived",
+                    f"all memory is here: {found['pages']} pages followed",
+                    pages=found["pages"],
+                )
+            run.pager = None
+            run.save()
         self._take_over(run)
 
 

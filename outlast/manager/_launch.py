@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule
-from outlast.config import Config
+from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule, warm_up
+from outlast.config import Config, StoreConfig
 from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
 from outlast.manager._calls import VARIABLE
 from outlast.manager._cpu import UnfitNode
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through, standard_files
+from outlast.manager._pager import Pager
 from outlast.manager._restore import Restorer
 from outlast.manager._run import Run
 from outlast.manager._saving import declared
@@ -32,41 +33,64 @@ _END_SECONDS = 10.0
 T = TypeVar("T")
 
 
+class Ahead:
+    """A store that is being connected to before it is needed."""
+
+    def __init__(self, config: StoreConfig, touch: Callable[[Store], object]) -> None:
+        """Begin; *touch* is called with it, for which it must connect."""
+        self._config = config
+        self._touch = touch
+        self._store: Store | None = None
+        self._thread = threading.Thread(target=self._connect, name="connect", daemon=True)
+        self._thread.start()
+
+    def store(self) -> Store:
+        """Return it, the same each time. What went wrong so far goes wrong again when it is used."""
+        self._thread.join()
+        if self._store is None:
+            self._store = open_store(self._config)
+        return self._store
+
+    def _connect(self) -> None:
+        with contextlib.suppress(OutlastError):
+            self._store = open_store(self._config)
+            self._touch(self._store)
+
+
 class Launcher:
     """Decides whether a job is begun or brought back, and does it."""
 
-    def __init__(self, config: Config, criu: Criu, events: EventLog) -> None:
+    def __init__(self, config: Config, criu: Criu, events: EventLog, pager: Pager) -> None:
         self._config = config
         self._criu = criu
         self._events = events
-        self._restorer = Restorer(config, criu, events)
+        self._pager = pager
+        self._restorer = Restorer(config, criu, events, pager)
         # The record of the job's first start, until the store has it: nothing else may be stored before.
         self._beginning: dict[str, Any] | None = None
         self._lock = threading.Lock()
-        self._connecting: threading.Thread | None = None
-        self._connected: Store | None = None
+        self._ahead: Ahead | None = None
 
     def connect(self, job: JobKey) -> None:
         """Begin to connect to the store, before anybody waits for what it has of *job*."""
 
-        def act() -> None:
-            try:
-                store = open_store(self._config.store)
-            except OutlastError:
-                return  # told when the store is needed
-            with contextlib.suppress(OutlastError):
-                store.get_record(job, "start")
-            self._connected = store
+        def touch(store: Store) -> None:
+            if store.get_record(job, "start") is not None:
+                # The job has run before, and is likely to go on from a checkpoint.
+                self._pager.connect(job)
+                warm_up()
 
-        self._connecting = threading.Thread(target=act, name="connect", daemon=True)
-        self._connecting.start()
+        self._ahead = Ahead(self._config.store, touch)
+
+    @property
+    def pages_follow(self) -> bool:
+        """Whether the job that was brought back has not all its memory yet."""
+        return self._restorer.following is not None
 
     def _open_store(self) -> Store:
         """Return the store, which is connected already if there was time enough."""
-        if self._connecting is not None:
-            self._connecting.join()
-        store, self._connected = self._connected, None
-        return store or open_store(self._config.store)
+        ahead, self._ahead = self._ahead, None
+        return ahead.store() if ahead is not None else open_store(self._config.store)
 
     def launch(self, run: Run, shim: Shim) -> Capsule:
         """Have the job of *run* run in a capsule in the place of *shim*.
@@ -82,8 +106,7 @@ class Launcher:
         try:
             return self.when_store_answers(shim, lambda: self._go_on(run, shim, store))
         finally:
-            if self._restorer.following is None:
-                store.close()
+            store.close()
 
     @property
     def settled(self) -> bool:
@@ -186,19 +209,17 @@ class Launcher:
         Where the store cannot give the rest of it, the job is ended and restored once more, whole: its
         files are set back again, so nothing that it did meanwhile is left. Raises as `launch` does.
         """
-        following, self._restorer.following = self._restorer.following, None
+        following = self._restorer.following
         if following is None or run.capsule is None:
             return
-        try:
-            arrived = following.wait(run.capsule)
-        finally:
-            following.close()
-        if arrived:
-            self._events.add(
-                "pages-arrived",
-                f"all memory is here: {following.facts['pages']} pages followed",
-                **following.facts,
-            )
+        if following.wait(run.capsule):
+            self._restorer.following = None
+            if following.complete:
+                self._events.add(
+                    "pages-arrived",
+                    f"all memory is here: {following.facts['pages']} pages followed",
+                    **following.facts,
+                )
             return
         self._events.add(
             "pages-failed", f"the job's memory did not come: {following.error}; it is restored again"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from criu_backend import Capsule, Criu, PageServer, write_eager_pages
+from criu_backend import Capsule, Criu, write_eager_pages
 from outlast.config import Config
-from outlast.errors import StoreUnavailable
+from outlast.errors import OutlastError
 from outlast.manager._cpu import require
 from outlast.manager._events import EventLog
 from outlast.manager._files import passed_through
+from outlast.manager._pager import PROGRESS, Pager
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import sources
 from outlast.manager._shim import Shim
@@ -25,60 +28,56 @@ log = logging.getLogger(__name__)
 
 # Below this, to fetch everything first takes no longer than to start a pager.
 _WORTH_POST_COPY = 32 << 20
-_RETRY_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 
 
 class Following:
-    """The pages of a restored job that are still to come. The images and a store are held until then."""
+    """The pages of a restored job that are still to come."""
 
-    def __init__(self, server: PageServer, store: Store, images: Path) -> None:
-        self.server = server
-        self._store = store
-        self._images = images
-        self._begin = time.monotonic()
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
 
     def wait(self, capsule: Capsule) -> bool:
         """Wait until all pages are in, or the job has ended by itself; False if they will never be."""
-        while not self.server.wait(_POLL_SECONDS):
+        while not self._pager.wait(_POLL_SECONDS):
             if not capsule.alive:
-                # Its end and the pager's come at the same time.
-                self.server.wait(1)
+                # Its end and the pager's come at the same time, unless that waits for the store.
+                if not self._pager.wait(1):
+                    return True
                 break
-        return self.server.complete or self.server.error is None
+        return self.complete or self._pager.result["error"] is None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pages are in."""
+        return bool(self._pager.result["complete"])
 
     @property
     def error(self) -> str:
         """Why the pages did not come."""
-        return str(self.server.error)
+        return str(self._pager.result["error"])
 
     @property
     def facts(self) -> dict[str, Any]:
         """How many pages came after the restore, and in what time."""
-        return {"pages": self.server.pages, "pages_s": round(time.monotonic() - self._begin, 3)}
-
-    def close(self) -> None:
-        """Let go of the store and the images."""
-        self.server.close()
-        self._store.close()
-        shutil.rmtree(self._images, ignore_errors=True)
+        result = self._pager.result
+        return {"pages": result["pages"], "pages_s": result.get("seconds")}
 
 
 class Restorer:
     """Restores checkpoints of one job on this node."""
 
-    def __init__(self, config: Config, criu: Criu, events: EventLog) -> None:
+    def __init__(self, config: Config, criu: Criu, events: EventLog, pager: Pager) -> None:
         self._config = config
         self._criu = criu
         self._events = events
+        self._pager = pager
         self.following: Following | None = None
 
     def restore(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint, *, whole: bool) -> Capsule:
         """Have the job of *run* go on from *checkpoint* in the place of *shim*, its files set back to it.
 
         Args:
-            store: where pages are still to follow afterwards, it is `following`'s, which closes it; a
-                connection of its own would cost as much time as all else together.
             whole: fetch all of it before it runs, whatever the configuration says.
 
         Raises:
@@ -86,34 +85,37 @@ class Restorer:
         """
         name = checkpoint.id.name(run.job.job_id)
         require(checkpoint.meta.get("cpu", ()), name)
-        images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}"
+        follow = not whole and self._follow(checkpoint)
+        kind = "following" if follow else "whole"
+        images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}-{kind}"
         shutil.rmtree(images, ignore_errors=True)
         begin = time.monotonic()
         with contextlib.ExitStack() as closing:
             closing.callback(shutil.rmtree, images, ignore_errors=True)
             closing.push(lambda kind, *_: keep_log(images / "restore.log", run, failed=kind is not None))
-            following = None
-            if not whole and self._follow(checkpoint):
-                following = self._prepare(run, store, checkpoint, images)
-                # The store stays the caller's until the job runs.
-                closing.callback(following.server.close)
+            files = closing.enter_context(_SettingBack(run, shim, checkpoint))
+            pages = None
+            if follow:
+                pages = closing.enter_context(self._fetch_part(run, store, checkpoint, images))
             else:
                 store.fetch(run.job, checkpoint.id, images)
             fetched = time.monotonic()
-            capsule = self._bring_back(run, shim, checkpoint, images, following)
-            if following is not None:
+            files.finish(images)
+            capsule = self._bring_back(run, shim, checkpoint, images, pages)
+            if follow:
                 keep_log(images / "restore.log", run)
-                closing.pop_all()
-        self.following = following
+                closing.pop_all()  # the pager removes the images
+        self.following = Following(self._pager) if follow else None
+        run.pager = self._pager.pid if follow else None
         seconds = time.monotonic() - begin
         self._events.add(
             "restored",
             f"{name}, made on {checkpoint.meta['node']}, runs again after {seconds:.2f} s"
-            + ("; its pages follow" if following else ""),
+            + ("; its pages follow" if follow else ""),
             checkpoint=name,
             fetch_s=round(fetched - begin, 3),
             restore_s=round(seconds - (fetched - begin), 3),
-            post_copy=following is not None,
+            post_copy=follow,
         )
         return capsule
 
@@ -121,32 +123,27 @@ class Restorer:
         how = self._config.restart.post_copy
         return how == "on" or (how == "auto" and checkpoint.image_bytes >= _WORTH_POST_COPY)
 
-    def _prepare(self, run: Run, store: Store, checkpoint: Checkpoint, images: Path) -> Following:
-        """Fetch what CRIU restores at once, and start to serve the rest."""
-        stored = store.open(run.job, checkpoint.id)
-
-        def read(space: int, vaddr: int, count: int) -> bytes:
-            deadline = time.monotonic() + self._config.restart.pages_wait
-            while True:
-                try:
-                    return stored.read(space, vaddr, count)
-                except StoreUnavailable:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(_RETRY_SECONDS)
-
-        stored.fetch_files(images)
-        runs = {path: [tuple(map(int, row)) for row in rows] for path, rows in stored.memories.items()}
-        write_eager_pages(images, runs, read)  # type: ignore[arg-type]
-        server = PageServer(runs, read, self._criu.version())  # type: ignore[arg-type]
-        return Following(server, store, images)
+    def _fetch_part(self, run: Run, store: Store, checkpoint: Checkpoint, images: Path) -> socket.socket:
+        """Fetch what CRIU restores at once, while the pager makes ready to give the rest; return its end."""
+        version = self._criu.version()
+        self._pager.open(run.job, checkpoint.id, images, version, run.directory / PROGRESS)
+        try:
+            stored = store.open(run.job, checkpoint.id)
+            stored.fetch_files(images)
+            runs = {
+                path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()
+            }
+            write_eager_pages(images, runs, stored.read, stored.load)
+        except BaseException:
+            with contextlib.suppress(OutlastError):
+                self._pager.opened().close()
+            raise
+        return self._pager.opened()
 
     def _bring_back(
-        self, run: Run, shim: Shim, checkpoint: Checkpoint, images: Path, following: Following | None
+        self, run: Run, shim: Shim, checkpoint: Checkpoint, images: Path, pages: socket.socket | None
     ) -> Capsule:
         meta = checkpoint.meta
-        with sources(meta["files"], images, run) as files:
-            shim.set_back(files, run.epoch - 1)
         if run.mom is not None:
             kept = [entry for entry in meta["files"] if "name" in entry]
             run.mom.put_back(kept, images, shim.stdio, run.uid)
@@ -160,8 +157,45 @@ class Restorer:
             dumped_by=meta["criu"],
             tcp=self._config.checkpoint.tcp,
             inherit=inherit,
-            pages=None if following is None else following.server,
+            pages=pages,
         )
         inherited = {fd for fd, _ in inherit}
         run.passed = [entry for entry in passed if entry["fd"] in inherited]
         return capsule
+
+
+class _SettingBack:
+    """The job's files being set back by its shim, beside the fetching where they need nothing of it."""
+
+    def __init__(self, run: Run, shim: Shim, checkpoint: Checkpoint) -> None:
+        self._run = run
+        self._shim = shim
+        self._files = checkpoint.meta["files"]
+        self._failure: OutlastError | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if not any("saved" in entry for entry in self._files):
+            self._thread = threading.Thread(target=self._act, args=(None,), name="files")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join()  # the shim answers one question after the other
+
+    def finish(self, images: Path) -> None:
+        """Return when all files are as at the checkpoint. Raises as `Shim.set_back` does."""
+        if self._thread is None:
+            self._act(images)
+        else:
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _act(self, images: Path | None) -> None:
+        try:
+            with sources(self._files, images, self._run) as files:
+                self._shim.set_back(files, self._run.epoch - 1)
+        except OutlastError as error:
+            self._failure = error

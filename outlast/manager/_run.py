@@ -34,6 +34,7 @@ class Run:
     mom: Mom | None = None  # under PBS
     shim_pid: int = 0
     workdir: str = ""
+    pager: int | None = None  # PID of the process that gives the job its pages, while some are to come
     globs: list[str] = field(default_factory=list)  # of files below it that the job appends to and closes
 
     def save(self) -> None:
@@ -51,6 +52,7 @@ class Run:
             "shim_pid": self.shim_pid,
             "workdir": self.workdir,
             "globs": self.globs,
+            "pager": self.pager,
         }
         part = self.directory / "state.new"
         part.touch(mode=0o600)
@@ -78,6 +80,7 @@ class Run:
             shim_pid=state["shim_pid"],
             workdir=state["workdir"],
             globs=state["globs"],
+            pager=state["pager"],
         )
 
 

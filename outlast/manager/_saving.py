@@ -116,8 +116,13 @@ def save(
 
 
 @contextlib.contextmanager
-def sources(files: Sequence[Mapping[str, Any]], images: Path, run: Run) -> Iterator[list[dict[str, Any]]]:
-    """Give `outlast.set_back` what `save` saved: its entries, with copies that the job's owner can read."""
+def sources(
+    files: Sequence[Mapping[str, Any]], images: Path | None, run: Run
+) -> Iterator[list[dict[str, Any]]]:
+    """Give `outlast.set_back` what `save` saved: its entries, with copies that the job's owner can read.
+
+    *images*: where the copies are; not needed where there are none.
+    """
     # Above the copies all is root's, so that their names lead to them and nowhere else.
     directory = run.directory / "put-back"
     shutil.rmtree(directory, ignore_errors=True)
@@ -128,7 +133,7 @@ def sources(files: Sequence[Mapping[str, Any]], images: Path, run: Run) -> Itera
             if "name" in entry:
                 continue
             found.append(dict(entry))
-            if "saved" in entry:
+            if "saved" in entry and images is not None:
                 copy = directory / Path(entry["saved"]).name
                 (images / copy.name).rename(copy)
                 os.chown(copy, run.uid, -1)

@@ -123,6 +123,8 @@ class Shim:
             OutlastError: a file cannot be set back; its name and the reason are in the text.
             ShimGone: there is no shim any more.
         """
+        if not files:
+            return
         try:
             self._connection.settimeout(_SET_BACK_SECONDS)
             self._send({"op": "set-back", "files": list(files), "epoch": epoch})

@@ -230,7 +230,13 @@ class Place:
         version = self.criu.version()
         owner = self.uid if uid is None else uid
         capsule = self.criu.restore(
-            peer.context, images, state, uid=owner, dumped_by=version, inherit=inherit, pages=pages
+            peer.context,
+            images,
+            state,
+            uid=owner,
+            dumped_by=version,
+            inherit=inherit,
+            pages=pages.peer if pages is not None else None,
         )
         return self._job(peer, capsule, state)
 

@@ -58,6 +58,36 @@ def test_checkpoint_comes_up_on_another_node_and_the_job_does_not_notice(cluster
     assert not job.path("kept").exists()
 
 
+def test_what_is_due_is_verified_once_by_whichever_node_comes_first(cluster: Cluster) -> None:
+    job = cluster.submit(HOLDER, "-w", "n1", checkpoint="2s")
+    job.wait_for("checkpoint", count=2, within=60)
+    first = {
+        one["checkpoint"]: one for one in json.loads(cluster.on("n2", "outlast", "verify", "--due", "--json"))
+    }
+    mine = [one for name, one in first.items() if name.startswith(f"{job.id}@")]
+    second = json.loads(cluster.on("n3", "outlast", "verify", "--due", "--json"))
+
+    assert [(one["ok"], one["processes"]) for one in mine] == [(True, 3)]
+    assert second == []
+    assert [(one["event"], one["node"]) for one in job.events() if one["event"] == "verified"] == [
+        ("verified", "n2")
+    ]
+    assert job.state == "RUNNING"
+    job.cancel()
+
+
+def test_due_checkpoint_that_does_not_come_up_is_named(cluster: Cluster) -> None:
+    job = cluster.submit(HOLDER, "-w", "n1", checkpoint="2s")
+    job.wait_for("checkpoint", within=60)
+    job.path("kept").rename(job.path("elsewhere"))
+    done = cluster.try_on("n2", "outlast", "verify", "--due")
+
+    assert done.returncode == 1
+    assert f"{job.directory}/kept: No such file" in done.stderr
+    assert [one["event"] for one in job.events() if "verified" in one["event"]] == ["not-verified"]
+    job.cancel()
+
+
 def test_only_root_may_verify(cluster: Cluster) -> None:
     done = cluster.try_on("n2", "outlast", "verify", "1@0.1", user=True)
 

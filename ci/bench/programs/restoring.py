@@ -1,9 +1,10 @@
 """Runs on nodes, as root: `make MIB` dumps a job into the store, `measure MIB ROUNDS` restores it.
 
 The job tells the time as often as it can; the first time that it tells after a restore has begun is its first
-instruction. `measure` prints an object of JSON: for each variant the milliseconds from the begin of the restore
-to that moment, those of them that went into connecting
-and into fetching, and how long it took for all memory to be there.
+instruction. The connection to the store is made before, as a manager makes it while the scheduler starts the job.
+`measure` prints an object of JSON: for each variant the milliseconds from the begin of the restore to that moment,
+those of them that went into fetching, how long it took for all memory to be there, and, apart from all that, how
+long connecting took.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from criu_backend import Context, Criu, start_capsule
+from criu_backend import Context, Criu, start_capsule, warm_up
 from outlast.config import read_config
 from outlast.manager._events import EventLog
+from outlast.manager._pager import Pager
 from outlast.manager._restore import Restorer
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim
@@ -36,6 +38,7 @@ _USER = 2000
 _PLACE = Path("/run/outlast/bench")
 _TOLD = Path("/run/outlast/bench.told")
 _SECONDS = 120.0
+_SETTLE_SECONDS = 0.5
 
 _JOB = """
 import os, sys, time
@@ -128,22 +131,29 @@ def _restore(job: JobKey, variant: str) -> dict[str, float]:
     config = dataclasses.replace(config, restart=dataclasses.replace(config.restart, post_copy=how))
     facts: dict[str, Any] = {}
     events = SimpleNamespace(add=lambda event, text, **more: facts.update(more))
-    restorer = Restorer(config, criu, cast(EventLog, events))
+    pager = Pager(config)
+    restorer = Restorer(config, criu, cast(EventLog, events), pager)
     run = Run(job, 1, _USER, socket.gethostname(), 0, [], _PLACE)
     with _peer() as context:
         shim = SimpleNamespace(context=context, stdio=context.stdio, set_back=lambda files, epoch: None)
-        begin, clock = time.time(), time.monotonic()
+        clock = time.monotonic()
         store = open_store(config.store)
-        checkpoint = store.checkpoints(job)[0]
+        store.get_record(job, "start")
         connected = time.monotonic() - clock
+        pager.connect(job)
+        warm_up()
+        criu.version()
+        time.sleep(_SETTLE_SECONDS)
+        begin, clock = time.time(), time.monotonic()
+        checkpoint = store.checkpoints(job)[0]
         capsule = restorer.restore(run, cast(Shim, shim), store, checkpoint, whole=how == "off")
         first = _first_after(begin)
-        if restorer.following is not None:
-            if not restorer.following.wait(capsule):
-                raise SystemExit(f"the pages did not come: {restorer.following.error}")
-            restorer.following.close()
-        store.close()
+        following = restorer.following
+        if following is not None and not following.wait(capsule):
+            raise SystemExit(f"the pages did not come: {following.error}")
         whole = time.monotonic() - clock
+        store.close()
+        pager.close()
         capsule.kill()
         capsule.wait(10)
     return {

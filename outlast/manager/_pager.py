@@ -1,0 +1,287 @@
+"""Gives a restored job the pages that follow, from a process of its own: they come though the manager may die.
+
+The process is forked off before the manager has threads, so that it costs no start of another Python, and is
+connected to the store before anybody waits for it. It ends with the manager, unless a job's pages follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from criu_backend import Capsule, PageServer
+from outlast.config import Config
+from outlast.errors import CorruptCheckpoint, OutlastError, StoreUnavailable
+from outlast.model import CheckpointId, JobKey
+from outlast.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+Run = tuple[int, int, int]  # space, virtual address, pages
+
+_RETRY_SECONDS = 0.5
+_TELL_SECONDS = 0.1
+_OPEN_SECONDS = 3600.0
+_LONGEST = 65536
+_SMALL_PAGES = 256
+_FIRST_PAGES = 4096
+_GONE = "the page server ended"
+_PR_SET_NAME = 15
+_NAME = "outlast-pager"
+# In the directory of the job's manager: how many pages have come, for whoever takes over from it.
+PROGRESS = "pages.json"
+
+
+class Pager:
+    """The manager's end of its page server's process."""
+
+    def __init__(self, config: Config) -> None:
+        """Fork it. Call this before there is a second thread."""
+        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            mine.close()
+            try:
+                _Server(config, its).serve()
+            finally:
+                os._exit(0)
+        its.close()
+        self._socket = mine
+        self._number = 0  # of the newest checkpoint that was opened
+        self._over: Mapping[str, Any] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process's PID."""
+        return self._pid
+
+    def connect(self, job: JobKey) -> None:
+        """Have it connect to the store, of which *job* will need something."""
+        self._ask({"op": "connect", "job": [job.cluster, job.job_id]})
+
+    def open(self, job: JobKey, id_: CheckpointId, images: Path, criu_version: str, progress: Path) -> None:
+        """Have it make ready to give the pages of a checkpoint; `opened` waits until it is.
+
+        Args:
+            images: what it removes when all pages have come.
+            criu_version: of the CRIU that will ask, as it prints it.
+            progress: the file that it tells in how far it is.
+        """
+        self._over = None
+        self._number += 1
+        self._ask(
+            {
+                "op": "open",
+                "number": self._number,
+                "job": [job.cluster, job.job_id],
+                "id": [id_.epoch, id_.seq],
+                "images": os.fspath(images),
+                "criu": criu_version,
+                "progress": os.fspath(progress),
+            }
+        )
+
+    def opened(self) -> socket.socket:
+        """Return the end of its connection that CRIU's daemon is to have; closed unused, it calls all off.
+
+        Raises:
+            StoreUnavailable, CorruptCheckpoint, OutlastError: there will be no pages.
+        """
+        answer, fds = self._hear(_OPEN_SECONDS)
+        if fds:
+            return socket.socket(fileno=fds[0])
+        text = str(answer.get("error", _GONE))
+        kinds: dict[str, type[OutlastError]] = {
+            "StoreUnavailable": StoreUnavailable,
+            "CorruptCheckpoint": CorruptCheckpoint,
+        }
+        raise kinds.get(str(answer.get("kind")), OutlastError)(text)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most *seconds* for the last page to be given, or a failure; return whether it is over."""
+        if self._over is None:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            if poll.poll(seconds * 1000):
+                self._over, _ = self._hear(0)
+        return self._over is not None
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What became of it: `complete`, `pages` (given), `error` (a text, or None)."""
+        return self._over or {"complete": False, "pages": 0, "error": _GONE}
+
+    def close(self) -> None:
+        """Let it end, unless pages still follow."""
+        self._socket.close()
+
+    def _ask(self, request: Mapping[str, Any]) -> None:
+        try:
+            self._socket.send(json.dumps(request).encode())
+        except OSError:
+            log.warning("the page server has ended")  # which `opened` will find out
+
+    def _hear(self, seconds: float) -> tuple[dict[str, Any], list[int]]:
+        """Return what it says of the newest checkpoint; what it says of another is of no interest any more."""
+        self._socket.settimeout(seconds or None)
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, _LONGEST, 1)
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                return {"complete": False, "pages": 0, "error": _GONE}, []
+            answer = json.loads(data)
+            if answer.pop("number") == self._number:
+                return answer, list(fds)
+            for fd in fds:
+                os.close(fd)
+
+
+class _Server:
+    """The process itself."""
+
+    def __init__(self, config: Config, control: socket.socket) -> None:
+        self._config = config
+        self._control = control
+        self._store: Store | None = None
+
+    def serve(self) -> None:
+        """Do what the manager asks for until it hangs up."""
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME.encode(), 0, 0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while data := self._control.recv(_LONGEST):
+            request = json.loads(data)
+            job = JobKey(*request["job"])
+            try:
+                if request["op"] == "connect":
+                    self._connected().get_record(job, "start")
+                else:
+                    self._follow(job, request)
+            except OutlastError as error:
+                if request["op"] == "open":
+                    kind = type(error).__name__
+                    self._tell({"number": request["number"], "kind": kind, "error": str(error)})
+
+    def _connected(self) -> Store:
+        if self._store is None:
+            self._store = open_store(self._config.store)
+        return self._store
+
+    def _follow(self, job: JobKey, request: Mapping[str, Any]) -> None:
+        """Give one checkpoint's pages until nobody asks for more."""
+        begin, number = time.monotonic(), request["number"]
+        stored = self._connected().open(job, CheckpointId(*request["id"]))
+
+        def read(space: int, vaddr: int, count: int) -> bytes:
+            deadline = time.monotonic() + self._config.restart.pages_wait
+            while True:
+                try:
+                    return stored.read(space, vaddr, count)
+                except StoreUnavailable:
+                    # Without a manager nobody would restore the job again: it waits for the store.
+                    if time.monotonic() > deadline and self._has_manager():
+                        raise
+                    time.sleep(_RETRY_SECONDS)
+
+        runs = {
+            path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()
+        }
+        total = sum(pages for some in runs.values() for _, _, pages in some)
+        progress = Path(request["progress"])
+        server = PageServer(runs, read, request["criu"])
+        self._note(progress, {"over": False, "pages": 0, "total": total})
+        with server.peer as peer:
+            socket.send_fds(self._control, [json.dumps({"number": number}).encode()], [peer.fileno()])
+        with contextlib.suppress(OutlastError):  # what cannot be had now is asked for again
+            stored.load(_first_wanted(runs))
+        told = 0
+        while not server.wait(_TELL_SECONDS):
+            if server.pages != told:
+                told = server.pages
+                self._note(progress, {"over": False, "pages": told, "total": total})
+        server.close()
+        # What CRIU has opened stays; the manager may be gone, and nobody else would remove it.
+        shutil.rmtree(request["images"], ignore_errors=True)
+        found = {
+            "complete": server.complete,
+            "pages": server.pages,
+            "error": None if server.error is None else str(server.error),
+            "seconds": round(time.monotonic() - begin, 3),
+        }
+        self._note(progress, {"over": True, "total": total, **found})
+        self._tell({"number": number, **found})
+
+    def _has_manager(self) -> bool:
+        poll = select.poll()
+        poll.register(self._control, 0)
+        return not poll.poll(0)
+
+    def _note(self, progress: Path, value: Mapping[str, Any]) -> None:
+        part = progress.with_name(progress.name + ".new")
+        try:
+            part.write_text(json.dumps(value))
+            part.replace(progress)
+        except OSError as error:
+            log.debug("%s: %s", progress, error)  # only for those who look on
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            log.debug("the manager has ended meanwhile")
+
+
+def _first_wanted(runs: Mapping[str, Sequence[Run]]) -> list[Run]:
+    """Return the smallest runs of pages: stacks, libraries' data, thread-local storage, which any job soon needs."""
+    found, left = [], _FIRST_PAGES
+    for space, vaddr, pages in sorted(
+        (run for some in runs.values() for run in some), key=lambda run: run[2]
+    ):
+        if pages > min(left, _SMALL_PAGES):
+            break
+        left -= pages
+        found.append((space, vaddr, pages))
+    return found
+
+
+def read_progress(directory: Path) -> Mapping[str, Any] | None:
+    """Return how far the pages have come of the job whose manager's directory this is; None: none follow.
+
+    `pages` of `total` are there; when `over`, `complete` and `error` tell what became of it.
+    """
+    try:
+        found: dict[str, Any] = json.loads((directory / PROGRESS).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
+def await_pages(pid: int, directory: Path, capsule: Capsule) -> Mapping[str, Any]:
+    """Wait for the pages that process *pid*, which a manager before this left behind, gives to *capsule*.
+
+    Returns what became of it, as `read_progress` does; without `complete` the capsule has ended or will.
+    """
+    found = read_progress(directory) or {}
+    while capsule.alive and not found.get("over") and _is_pager(pid):
+        time.sleep(_TELL_SECONDS)
+        found = read_progress(directory) or {}
+    return found
+
+
+def _is_pager(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == _NAME
+    except OSError:
+        return False
