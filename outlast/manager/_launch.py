@@ -254,9 +254,14 @@ class Launcher:
             except (StoreUnavailable, ShimGone):
                 raise
             except (OutlastError, CriuError, CapsuleError) as error:
-                unfit = error if isinstance(error, UnfitNode) else unfit
                 name = checkpoint.id.name(run.job.job_id)
                 self._events.add("restore-failed", f"{name}: {error}", checkpoint=name)
+                if isinstance(error, UnfitNode):
+                    unfit = error
+                    continue
+                # Those of the run that goes on from an older one must not take its place in the store.
+                with contextlib.suppress(OutlastError):
+                    store.pin(run.job, checkpoint.id)
         if unfit is not None:
             raise unfit
         start = store.get_record(run.job, "start")
@@ -267,9 +272,9 @@ class Launcher:
                     f"none of the {len(checkpoints)} checkpoints of job {run.job.job_id} could be restored",
                     hint=f"'outlast events {run.job.job_id}' says why; they are kept, the newest is {newest}",
                 )
-            # The checkpoints of the run that begins must not take its place in the store.
-            store.pin(run.job, checkpoints[0].id)
-            why = f"none of its {len(checkpoints)} checkpoints could be restored; the newest, {newest}, is pinned"
+            why = (
+                f"none of its {len(checkpoints)} checkpoints could be restored; the newest, {newest}, is kept"
+            )
         else:
             why = "there was no checkpoint yet"
         if start is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import NODES, Cluster, Job
+from tests.cluster import NODES, Cluster, Job, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
@@ -72,11 +72,11 @@ while :; do sleep 0.2; done
 """
 
 
-def lose_its_file(job: Job) -> None:
+def lose_its_file(job: Job, name: str = "kept") -> None:
     """Have *job* run again, and take its file away when the last checkpoint of this run is in the store."""
     job.requeue()
     job.wait_for("ended")
-    job.path("kept").unlink()
+    job.path(name).unlink()
 
 
 @pytest.fixture
@@ -137,18 +137,83 @@ def older_node(cluster: Cluster) -> Iterator[str]:
         cluster.on("n2", "sh", "-c", "umount /proc/cpuinfo && rm /tmp/cpuinfo")
 
 
-def test_node_whose_processors_lack_an_instruction_is_left_for_another(
+def test_node_whose_processors_lack_an_instruction_is_left_for_another_by_itself(
     cluster: Cluster, older_node: str
 ) -> None:
-    job = cluster.submit(SCRIBE.replace("range(30)", "range(20)"), "-x", "n2,n3", checkpoint="2s")
+    job = cluster.submit(SCRIBE.replace("range(30)", "range(20)"), "-w", "n1", checkpoint="2s")
     job.wait_for("checkpoint", count=2, within=60)
-    cluster.on("ctl", "scontrol", "requeue", job.id)
-    cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", "ExcNodeList=n1,n3", "StartTime=now")
-    unfit = job.wait_for("unfit-node", within=60)
+    cluster.on("ctl", "scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
+    try:
+        cluster.on("ctl", "scontrol", "requeue", job.id)
+        update = ["scontrol", "update", f"JobId={job.id}", "ReqNodeList=", "ExcNodeList=n1", "StartTime=now"]
+        cluster.on("ctl", *update)
+        unfit = job.wait_for("unfit-node", within=60)
+        eventually(lambda: older_node in excluded(job), within=40, what=f"{older_node} is excluded")
+    finally:
+        cluster.on("ctl", "scontrol", "update", "NodeName=n3", "State=RESUME")
+    restored = job.wait_for("restored", within=60)
+
     assert unfit.node == older_node
     assert "lack popcnt" in unfit.text
-
-    cluster.on("ctl", "scontrol", "update", f"JobId={job.id}", f"ExcNodeList=n1,{older_node}")
-    restored = job.wait_for("restored", within=60)
     assert restored.node == "n3"
+    assert not job.history("restore-failed")
+    job.cancel()
+
+
+def excluded(job: Job) -> set[str]:
+    """The nodes that Slurm keeps the job off."""
+    said = job.facts()["ExcNodeList"]
+    return (
+        set(job.cluster.on("ctl", "scontrol", "show", "hostnames", said).split())
+        if said != "(null)"
+        else set()
+    )
+
+
+# It opens a file to read when it is told to, so that only the checkpoints after that hold it.
+READER = """
+cat >reader.py <<'END'
+import os, time
+step, kept = 0, None
+while True:
+    step += 1
+    if kept is None and os.path.exists("more"):
+        kept = open("more")
+        print("opened", flush=True)
+    print(step, flush=True)
+    time.sleep(0.1)
+END
+exec python3 reader.py
+"""
+
+
+def test_checkpoint_that_criu_does_not_restore_is_kept_and_the_one_before_is_gone_on_from(
+    cluster: Cluster,
+) -> None:
+    job = cluster.submit(READER, checkpoint="1h")
+    job.wait_for_line("3")
+    cluster.on("ctl", "outlast", "checkpoint", job.id, user=True)
+    job.wait_for("checkpoint", count=1)
+    job.path("more").touch()
+    job.wait_for_line("opened")
+    lose_its_file(job, "more")
+    failed = job.wait_for("restore-failed", within=60)
+    restored = job.wait_for("restored", within=60)
+    for count in range(3, 6):
+        cluster.on("ctl", "outlast", "checkpoint", job.id, user=True)
+        job.wait_for("checkpoint", count=count)
+    listed = cluster.on("ctl", "outlast", "list", job.id, user=True)
+
+    # CRIU's own word.
+    assert f"{job.id}@0.2: restore: " in failed.text
+    assert "more" in failed.text
+    assert f"{job.id}@0.1" in restored.text
+    # Once, and never again.
+    assert len(job.history("restore-failed")) == 1
+    assert job.restarts == 1
+    # Kept, though newer ones have taken the other's place, and CRIU's log of it too.
+    assert f"{job.id}@0.2" in listed
+    assert f"{job.id}@0.1" not in listed
+    assert "more" in cluster.on(restored.node, "cat", f"/var/log/outlast/jobs/{job.id}.restore.log")
+    assert job.state == "RUNNING"
     job.cancel()
