@@ -297,7 +297,10 @@ class Manager:
         run.save()
         shim.started(ask=self._scheduler is not None and run.mom is None)
         self._guard(run)
+        first = run.capsule
         self._launcher.await_pages(run, shim)
+        if run.capsule is not first:
+            self._guard(run)  # each capsule has its own
         run.pager = None
         run.save()
         self._take_over(run, shim.say, end_of(shim.environment))
