@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from ci.testbed import cgroups, host, images, machine, settings, switch
+from ci.testbed import cgroups, host, images, machine, machines, settings, switch
 from ci.testbed.layout import HOSTS, Layout, TestbedError, locked
 
 _BARE = "bare"
@@ -25,17 +25,25 @@ class HostStatus(TypedDict):
 
 
 def _lower(layout: Layout, root: Path) -> list[Path]:
-    layers = [layout.conf, layout.product, layout.languages]
+    layers = [layout.conf, layout.product, layout.languages, layout.machines]
     return [*(layer.resolve() for layer in layers if layer.is_dir()), root]
 
 
-def up(layout: Layout, checkout: Path | None, *, languages: bool = False, patience: float = 60.0) -> None:
+def up(
+    layout: Layout,
+    checkout: Path | None,
+    *,
+    languages: bool = False,
+    with_machines: bool = False,
+    patience: float = 60.0,
+) -> None:
     """Start the cluster and return when the scheduler says that all nodes are idle.
 
     Args:
         checkout: what to install the product from; None for a cluster without it.
         languages: install more languages on all hosts.
-        patience: seconds until a cluster that does not come up is given up.
+        with_machines: have each node be a virtual machine with a kernel of its own.
+        patience: seconds until a cluster that does not come up is given up; four times as long for machines.
 
     Raises:
         TestbedError: it cannot be started, and nothing of it is left; or one with another product is up.
@@ -43,8 +51,13 @@ def up(layout: Layout, checkout: Path | None, *, languages: bool = False, patien
     machine.require_kernel()
     machine.require_programs("ip", "mount", "nsenter", "unshare")
     root = images.root_file_system(layout)
-    more = images.languages_layer(layout, root) if languages else None
+    more = images.added_layer(layout, root, "languages") if languages else None
+    tools = images.added_layer(layout, root, "machines") if with_machines else None
     product = images.product_key(checkout, root) if checkout else _BARE
+    if with_machines:
+        machines.require()
+        product += " on virtual machines"
+        patience *= 4
     with locked(layout):
         if layout.up_mark.exists() and switch.ports(layout):
             if layout.up_mark.read_text() != product:
@@ -61,6 +74,8 @@ def up(layout: Layout, checkout: Path | None, *, languages: bool = False, patien
             layout.shared.mkdir()
             if more is not None:
                 layout.languages.symlink_to(more)
+            if tools is not None:
+                layout.machines.symlink_to(tools)
             if checkout:
                 images.product_layer(layout, checkout, root)
             settings.configure(layout, root)
@@ -68,6 +83,8 @@ def up(layout: Layout, checkout: Path | None, *, languages: bool = False, patien
             switch.start(layout)
             for name in HOSTS:
                 host.start(layout, name, _lower(layout, root))
+            for name in HOSTS:
+                host.wait(layout, name)
             _wait_until_idle(layout, patience)
             layout.up_mark.write_text(product)
         except BaseException:
@@ -134,6 +151,7 @@ def start_node(layout: Layout, name: str) -> None:
         if host.first_process(layout, name) is None:
             host.kill(layout, name)  # whatever is left of it, had it died by itself
             host.start(layout, name, _lower(layout, root))
+            host.wait(layout, name)
 
 
 def set_cut(layout: Layout, name: str, *, cut: bool) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ci.testbed import cgroups, switch
+from ci.testbed import cgroups, machines, switch
 from ci.testbed.layout import HERE, HOSTS, Layout
 from ci.testbed.procs import Process, only_child, spawn
 
@@ -33,8 +33,13 @@ def start(layout: Layout, name: str, lower: Sequence[Path]) -> None:
     for part in ("upper", "work", "root"):
         (directory / part).mkdir(parents=True, exist_ok=True)
     cgroups.create(layout.tag, name)
-    found = cgroups.hierarchies()
     console = directory / "console.log"
+    if layout.is_machine(name):
+        init = machines.start(layout, name, lower, console, cut=is_cut(layout, name))
+        (directory / "join").write_text("".join(f"{path}\n" for path in cgroups.joins(layout.tag, name)))
+        init.write(directory / "pid")
+        return
+    found = cgroups.hierarchies()
     parent = spawn(
         layout.tag,
         name,
@@ -51,6 +56,12 @@ def start(layout: Layout, name: str, lower: Sequence[Path]) -> None:
     (directory / "join").write_text("".join(f"{path}\n" for path in cgroups.joins(layout.tag, name)))
     init.write(directory / "pid")
     switch.plug(layout, name, init.pid, cut=is_cut(layout, name))
+
+
+def wait(layout: Layout, name: str) -> None:
+    """Wait until commands can be run in the host; at once, unless it has a kernel to boot."""
+    if layout.is_machine(name):
+        machines.wait(layout, name)
 
 
 def kill(layout: Layout, name: str) -> None:

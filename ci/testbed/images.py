@@ -117,24 +117,24 @@ def root_file_system(layout: Layout) -> Path:
     return tree
 
 
-def languages_layer(layout: Layout, root: Path) -> Path:
-    """Return the directory of a layer above *root* with more languages: those of languages.sh.
+def added_layer(layout: Layout, root: Path, name: str) -> Path:
+    """Return the directory of a layer above *root*, with more packages: those of the recipe *name*.sh.
 
-    Takes no time when it is there, and some minutes from a Debian mirror; it is named by its recipe's hash.
+    Takes no time when it is there, and up to some minutes from a Debian mirror; it is named by its recipe's hash.
 
     Raises:
         TestbedError: it cannot be made; the message holds apt's own last words.
     """
-    recipe = HERE / "languages.sh"
+    recipe = HERE / f"{name}.sh"
     key = hashlib.sha256(root.name.encode() + recipe.read_bytes()).hexdigest()[:12]
-    layer = layout.cache / f"languages-{key}"
+    layer = layout.cache / f"{name}-{key}"
     if layer.is_dir():
         return layer
     with _cache_locked(layout) as work:
         if layer.is_dir():
             return layer
-        machine.say("installing more languages, which takes some minutes the first time")
-        log = layer.with_name("languages.log")
+        machine.say(f"installing more packages ({recipe.name}), which takes a minute or more the first time")
+        log = layer.with_name(f"{name}.log")
         apt = work / "apt.conf"
         options = [*machine.apt_options(), *_APT]
         apt.write_text("".join(f"{option};\n" for option in options))
@@ -150,10 +150,12 @@ def languages_layer(layout: Layout, root: Path) -> Path:
             )
         if built.returncode:
             last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-            raise TestbedError(f"installing more languages:\n{last}", hint=f"the whole log is in {log}")
+            raise TestbedError(
+                f"installing more packages ({recipe.name}):\n{last}", hint=f"the whole log is in {log}"
+            )
         subprocess.run(["sync", "--file-system", work], check=True)
         (work / "layer").rename(layer)
-        for old in _newest_first(layout.cache.glob("languages-????????????"))[_KEPT_ROOTS:]:
+        for old in _newest_first(layout.cache.glob(f"{name}-????????????"))[_KEPT_ROOTS:]:
             remove(old)
     return layer
 

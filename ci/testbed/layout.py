@@ -35,6 +35,11 @@ class HostName:
     address: str
     role: str
 
+    @property
+    def console(self) -> str:
+        """The address by which its operator reaches it where it is a virtual machine."""
+        return self.address.replace("198.18.", "198.19.", 1)
+
 
 HOSTS = {
     host.name: host
@@ -94,10 +99,20 @@ class Layout:
         """Exists from the end of a whole `up` until the beginning of `down`."""
         return self.state / "up"
 
+    @property
+    def machines(self) -> Path:
+        """A link to the cached layer with what virtual machines need; absent where no node is one."""
+        return self.state / "machines"
+
+    def is_machine(self, name: str) -> bool:
+        """Whether the host is a virtual machine, rather than a set of namespaces."""
+        return HOSTS[name].role == "node" and self.machines.exists()
+
     def own(self) -> list[Path]:
         """Everything that `up` puts into the state directory."""
         return [
             self.up_mark,
+            self.machines,
             self.shared,
             self.conf,
             self.product,

@@ -30,7 +30,7 @@ watcher() {
 
 install -d -o munge -g munge /run/munge
 install -d -m 755 /run/sshd /run/outlast /var/log/outlast
-[ -d /shared/alice ] || install -d -o alice -g alice /shared/alice
+[ -d /shared/alice ] || install -d -o alice -g alice /shared/alice || true
 wait_for_network
 
 case $role in
@@ -38,6 +38,11 @@ store)
 	/usr/sbin/sshd -E /var/log/sshd.log
 	;;
 ctl)
+	# The home of virtual machines, which cannot see this machine's directory as other hosts do.
+	if [ -e /usr/local/lib/testbed/ganesha.conf ]; then
+		install -d /run/ganesha
+		ganesha.nfsd -f /usr/local/lib/testbed/ganesha.conf -L /var/log/nfs.log
+	fi
 	as munge munged
 	install -d -o slurm -g slurm /var/spool/slurmctld /var/log/slurm
 	slurmctld

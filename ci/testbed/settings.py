@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ci.testbed import cgroups, images, machine
+from ci.testbed import cgroups, images, machine, machines
 from ci.testbed.layout import HERE, HOSTS, Layout, TestbedError
 
 _PLUGIN = Path("usr/lib/x86_64-linux-gnu/slurm-wlm/spank_outlast.so")
@@ -15,7 +15,7 @@ _HOOK_DIRECTORY = Path("usr/libexec/outlast/slurm")
 _OWN = "usr/local/lib/testbed"
 
 
-class _Layer:
+class Layer:
     """A directory that becomes part of a host's file system; its owners are those of *root*'s passwd."""
 
     def __init__(self, top: Path, root: Path) -> None:
@@ -64,21 +64,26 @@ def configure(layout: Layout, root: Path) -> None:
     a scheduler refuses to start with a hook or plugin that is not there.
     """
     made = _make_keys(layout, root)
-    common = _Layer(layout.conf, root)
+    common = Layer(layout.conf, root)
     common.file(
         "etc/hosts", "127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in HOSTS.values())
     )
     common.file("etc/munge/munge.key", os.urandom(128), mode=0o400, owner="munge")
-    common.file("etc/slurm/slurm.conf", _ours("slurm.conf") + _hook_lines(layout))
-    common.file("etc/slurm/cgroup.conf", _ours(f"cgroup-v{cgroups.version(cgroups.hierarchies())}.conf"))
+    with_machines = layout.machines.exists()
+    slurm = machines.slow(_ours("slurm.conf")) if with_machines else _ours("slurm.conf")
+    common.file("etc/slurm/slurm.conf", slurm + _hook_lines(layout))
+    version = 2 if with_machines else cgroups.version(cgroups.hierarchies())
+    common.file("etc/slurm/cgroup.conf", _ours(f"cgroup-v{version}.conf"))
     if (layout.product / _PLUGIN).exists():
         common.file("etc/slurm/plugstack.conf", _ours("plugstack.conf"))
-    common.file("etc/outlast/outlast.toml", _ours("outlast.toml"))
+    common.file("etc/outlast/outlast.toml", _ours("outlast.toml") + (machines.SLOW if with_machines else ""))
     store = HOSTS["store"]
     host_key = " ".join((made / "host.pub").read_text().split()[:2])
     common.file("etc/outlast/known_hosts", f"{store.name},{store.address} {host_key}\n")
     common.file(f"{_OWN}/services.sh", (HERE / "services.sh").read_text(), mode=0o755)
-    if machine.lacks_sys_resource():
+    if with_machines:
+        machines.configure(common, made)
+    elif machine.lacks_sys_resource():
         common.file(f"{_OWN}/rlimit_shim.so", (made / "rlimit_shim.so").read_bytes(), mode=0o755)
         common.file(
             "usr/local/sbin/criu",
@@ -89,7 +94,7 @@ def configure(layout: Layout, root: Path) -> None:
     # As `outlast store init` would make it on one node, and an administrator copy it to the others.
     data_key = f"{os.urandom(4).hex()} {os.urandom(32).hex()}\n"
     for host in HOSTS.values():
-        own = _Layer(layout.host(host.name) / "upper", root)
+        own = Layer(layout.host(host.name) / "upper", root)
         own.file("etc/hostname", host.name + "\n")
         if host.role == "store":
             own.file("etc/ssh/sshd_config", _ours("sshd_config"))
@@ -123,7 +128,8 @@ def _make_keys(layout: Layout, root: Path) -> Path:
     made = layout.scratch / "made"
     made.mkdir(parents=True, mode=0o700)
     commands = [
-        f"ssh-keygen -q -t ed25519 -N '' -C outlast-testbed -f /made/{name}" for name in ("host", "client")
+        f"ssh-keygen -q -t ed25519 -N '' -C outlast-testbed -f /made/{name}"
+        for name in ("host", "client", "console")
     ]
     if machine.lacks_sys_resource():
         flags = "-std=c17 -O2 -Wall -Wextra -Werror -shared -fPIC"

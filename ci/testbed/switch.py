@@ -50,6 +50,8 @@ def start(layout: Layout) -> None:
     wait_for_program(process, "sleep", console)  # only then has it made the namespace
     process.write(directory / "pid")
     _ip(process.pid, "link set lo up", "link add br0 type bridge", "link set br0 up")
+    if layout.machines.exists():
+        _ip(process.pid, "link add br1 type bridge", "address add 198.19.0.254/24 dev br1", "link set br1 up")
 
 
 def plug(layout: Layout, name: str, pid: int, *, cut: bool) -> None:
@@ -64,6 +66,22 @@ def plug(layout: Layout, name: str, pid: int, *, cut: bool) -> None:
     _ip(pid, "link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up")
 
 
+def plug_machine(layout: Layout, name: str, *, cut: bool) -> int:
+    """Make the ports that the virtual machine *name* opens; return whose network it must be started in.
+
+    The second port is the operator's: commands reach a host whose cable is cut, as they reach one in namespaces.
+    """
+    switch = _running(layout).pid
+    _ip(
+        switch,
+        f"tuntap add {name} mode tap",
+        f"link set {name} master br0 {'down' if cut else 'up'}",
+        f"tuntap add {name}-console mode tap",
+        f"link set {name}-console master br1 up",
+    )
+    return switch
+
+
 def set_cut(layout: Layout, name: str, *, cut: bool) -> None:
     """Take the host's port down or up; a host that is not running has no port."""
     if name in ports(layout):
@@ -76,7 +94,7 @@ def ports(layout: Layout) -> dict[str, bool]:
     if process is None:
         return {}
     text = subprocess.run(
-        ["nsenter", "--target", str(process.pid), "--net", "ip", "-json", "link", "show", "type", "veth"],
+        ["nsenter", "--target", str(process.pid), "--net", "ip", "-json", "link", "show", "master", "br0"],
         capture_output=True,
         text=True,
         check=True,
@@ -91,6 +109,8 @@ def unplug(layout: Layout, name: str) -> None:
         return
     try:
         _ip(process.pid, f"link delete {name}")
+        if layout.is_machine(name):
+            _ip(process.pid, f"link delete {name}-console")
     except TestbedError:
         if name in ports(layout):  # else the kernel came first
             raise

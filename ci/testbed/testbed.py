@@ -39,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--languages", action="store_true", help="with Go, Node.js, Java, R, Open MPI and GNU parallel"
     )
+    verb.add_argument(
+        "--vm",
+        action="store_true",
+        help="have each node be a virtual machine (QEMU, in software): cgroup v2, home on NFS, kernels of their own",
+    )
     verbs.add_parser("down", help="end it and remove everything")
     verb = verbs.add_parser("status", help="what is up")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
@@ -67,7 +72,8 @@ def _run(layout: Layout, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
     if args.verb == "up":
-        cluster.up(layout, args.product.resolve() if args.product else None, languages=args.languages)
+        checkout = args.product.resolve() if args.product else None
+        cluster.up(layout, checkout, languages=args.languages, with_machines=args.vm)
     elif args.verb == "down":
         cluster.down(layout)
     elif args.verb == "status" and args.json:
