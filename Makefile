@@ -7,7 +7,9 @@ PYTHONDIR ?= $(PREFIX)/lib/python3/dist-packages
 LIBEXECDIR ?= $(PREFIX)/libexec/outlast
 PACKAGES = outlast criu_backend
 
-install: install-python install-native install-lib install-slurm
+MANDIR ?= $(PREFIX)/share/man
+
+install: install-python install-native install-lib install-man install-completion install-slurm
 
 install-python:
 	for package in $(PACKAGES); do \
@@ -29,6 +31,20 @@ install-native:
 install-lib:
 	$(MAKE) -C lib install DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)"
 
+install-man:
+	install -d "$(DESTDIR)$(MANDIR)"
+	$(PYTHON) docs/man/make.py "$(DESTDIR)$(MANDIR)"
+
+install-completion:
+	install -d "$(DESTDIR)$(PREFIX)/share/bash-completion/completions" \
+		"$(DESTDIR)$(PREFIX)/share/zsh/site-functions" "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d"
+	PYTHONPATH=. $(PYTHON) -m outlast.cli completion bash \
+		> "$(DESTDIR)$(PREFIX)/share/bash-completion/completions/outlast"
+	PYTHONPATH=. $(PYTHON) -m outlast.cli completion zsh \
+		> "$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_outlast"
+	PYTHONPATH=. $(PYTHON) -m outlast.cli completion fish \
+		> "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/outlast.fish"
+
 install-slurm:
 	$(MAKE) -C plugins/slurm install DESTDIR="$(DESTDIR)"
 	for hook in prolog epilog epilog-slurmctld; do \
@@ -42,4 +58,4 @@ install-pbs:
 	install -D -m 644 plugins/pbs/outlast_hook.json "$(DESTDIR)$(LIBEXECDIR)/pbs/outlast_hook.json"
 	install -D -m 755 scripts/install-pbs "$(DESTDIR)$(LIBEXECDIR)/pbs/install-pbs"
 
-.PHONY: install install-python install-native install-lib install-slurm install-pbs
+.PHONY: install install-python install-native install-lib install-man install-completion install-slurm install-pbs

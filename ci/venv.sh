@@ -1,6 +1,6 @@
 #!/bin/bash
-# venv.sh: makes the virtual environment with Outlast's own dependencies and those of its tests, as setup.cfg
-# names them, unless it is there; prints its directory. It is kept in $OUTLAST_CACHE under the hash of those
+# venv.sh [EXTRA...]: makes the virtual environment with Outlast's own dependencies and those of its tests, as
+# setup.cfg names them, and with those of other extras, unless it is there; prints its directory. It is kept in $OUTLAST_CACHE under the hash of those
 # names and of the Python version.
 set -euo pipefail
 
@@ -9,13 +9,14 @@ cache=${OUTLAST_CACHE:-/var/cache/outlast}
 python=/usr/bin/python3
 
 # shellcheck disable=SC2016  # Python's text, not the shell's
-requirements=$("$python" -I - "$checkout/setup.cfg" <<-'END'
+requirements=$("$python" -I - "$checkout/setup.cfg" dev "$@" <<-'END'
 	import configparser
 	import sys
 
 	setup = configparser.ConfigParser(interpolation=None)
 	setup.read(sys.argv[1])
-	for text in (setup["options"]["install_requires"], setup["options.extras_require"]["dev"]):
+	extras = setup["options.extras_require"]
+	for text in (setup["options"]["install_requires"], *map(extras.get, sys.argv[2:])):
 	    print(*filter(None, map(str.strip, text.splitlines())), sep="\n")
 	END
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import outlast
-from outlast.cli import _here, _jobs, _site, _views
+from outlast.cli import _completion, _here, _jobs, _site, _views
 from outlast.cli._common import EXIT_CODES
 from outlast.config import DEFAULT_PATH
 from outlast.errors import OutlastError
@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE")
+    whole.add_argument(
+        "--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help=f"read this, not {DEFAULT_PATH}"
+    )
     whole.add_argument("--debug", action="store_true", help="log more, and show where an error arose")
     whole.add_argument("--version", action="version", version=f"outlast {outlast.__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
@@ -61,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--store", metavar="DIR|URL", help="use this store, not the configured one")
         return sub
 
-    for verbs in (_jobs, _views, _here, _site):
+    for verbs in (_jobs, _views, _here, _site, _completion):
         verbs.add(verb)
     return whole
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from outlast.errors import OutlastError, UsageError
 from outlast.launcher._board import Board, Watcher
 from outlast.launcher._slurm import Job, Slurm
+from outlast.model import parse_checkpoint_name
 
 _CHECKPOINT_SECONDS = 600.0
 _TICK = 0.5
+_LONGEST_NAME = 200
 
 
 class Actions:
@@ -22,15 +25,19 @@ class Actions:
         self._slurm = slurm
         self._watcher = watcher
         self._holding: dict[str, asyncio.Task[None]] = {}
-        self._table: dict[str, Callable[[Job], Awaitable[str]]] = {
+        self._table: dict[str, Callable[[Job, Mapping[str, Any]], Awaitable[str]]] = {
             "checkpoint": self._checkpoint,
+            "restart": self._restart,
+            "migrate": self._migrate,
             "hold": self._hold,
             "release": self._release,
             "cancel": self._cancel,
         }
 
-    async def act(self, name: str, job_id: str) -> str:
+    async def act(self, name: str, job_id: str, form: Mapping[str, Any]) -> str:
         """Do the action *name*; return what was done, for the one who asked.
+
+        *form*: for restart, `checkpoint`, its name (else the newest); for migrate, `to`, a node (else any).
 
         Raises:
             UsageError: there is no such action, no such job of the user's, or not in its state.
@@ -43,7 +50,7 @@ class Actions:
             raise UsageError(
                 f"job {job_id}: no such job of yours" if job is None else f"{name}: no such action"
             )
-        said = await self._table[name](job)
+        said = await self._table[name](job, form)
         self._board.note(job_id, name, said)
         self._board.press()
         return said
@@ -54,21 +61,34 @@ class Actions:
             task.cancel()
         await asyncio.gather(*self._holding.values(), return_exceptions=True)
 
-    async def _checkpoint(self, job: Job) -> str:
+    async def _checkpoint(self, job: Job, _: Mapping[str, Any]) -> str:
         await self._watcher.ask(op="checkpoint", job=job.id)
         return "a checkpoint was asked for"
 
-    async def _release(self, job: Job) -> str:
+    async def _restart(self, job: Job, form: Mapping[str, Any]) -> str:
+        name = _text(form, "checkpoint")
+        # The watcher looks into the store for it; that it is this job's is to be seen here.
+        if name is not None and parse_checkpoint_name(name)[0] != job.id:
+            raise UsageError(f"{name}: not a checkpoint of job {job.id}")
+        answer = await self._watcher.ask(op="restart", job=job.id, checkpoint=name)
+        return f"the job goes on from {answer['checkpoint']}"
+
+    async def _migrate(self, job: Job, form: Mapping[str, Any]) -> str:
+        node = _text(form, "to")
+        await self._watcher.ask(op="migrate", job=job.id, to=node)
+        return f"the job is saved, and goes on {f'on {node}' if node else 'on another node'}"
+
+    async def _release(self, job: Job, _: Mapping[str, Any]) -> str:
         await self._slurm.release(job.handle)
         return "released: the job may start again"
 
-    async def _cancel(self, job: Job) -> str:
+    async def _cancel(self, job: Job, _: Mapping[str, Any]) -> str:
         if job.id in self._holding:
             self._holding[job.id].cancel()
         await self._slurm.cancel(job.handle)
         return "cancelled"
 
-    async def _hold(self, job: Job) -> str:
+    async def _hold(self, job: Job, _: Mapping[str, Any]) -> str:
         if job.kind == "pending":
             await self._slurm.hold(job.handle)
             await self._board.refresh()
@@ -119,3 +139,13 @@ class Actions:
     async def _newest(self, job_id: str) -> str | None:
         checkpoints = (await self._watcher.ask(op="list", job=job_id))["checkpoints"]
         return str(checkpoints[0]["name"]) if checkpoints else None
+
+
+def _text(form: Mapping[str, Any], key: str) -> str | None:
+    """Return a field of a form that may be empty. Raises UsageError where it is no short text."""
+    value = form.get(key)
+    if value in (None, ""):
+        return None
+    if not isinstance(value, str) or len(value) > _LONGEST_NAME or not value.isprintable():
+        raise UsageError(f"{key}: not a name")
+    return value.strip() or None

@@ -205,7 +205,8 @@ class Site:
         return web.json_response({"job": job_id}, status=201)
 
     async def _act(self, request: web.Request) -> web.Response:
-        said = await self._actions.act(request.match_info["action"], request.match_info["job"])
+        form = await _form(request)
+        said = await self._actions.act(request.match_info["action"], request.match_info["job"], form)
         return web.json_response({"said": said})
 
     async def _ticket(self, request: web.Request) -> web.Response:

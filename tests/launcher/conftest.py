@@ -7,6 +7,7 @@ import ctypes
 import http.client
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -99,7 +100,7 @@ class Launcher:
         )
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().strip()
-        assert self.address.startswith("http://127.0.0.1:"), self.address
+        assert re.match(r"https?://127\.0\.0\.1:", self.address), self.address
         self.token = self.address.partition("#token=")[2]
         self.port = int(self.address.split(":")[2].split("/")[0])
         ctl = int((cluster.state / "hosts/ctl/pid").read_text().split()[0])

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import ipaddress
 import json
 import re
 import shlex
+import ssl
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from tests.cluster import Cluster, eventually
 from tests.launcher.conftest import Launcher
@@ -165,6 +174,74 @@ def test_there_is_no_action_but_those_that_are_told(launcher: Launcher, held_job
     known(launcher, held_job)
     for action in ("suspend", "update", "requeue", "act", "close"):
         assert launcher.ask("POST", f"/api/jobs/{held_job}/{action}", {})[0] == 409
+
+
+@pytest.mark.parametrize(
+    ("action", "form"),
+    [
+        ("restart", {"checkpoint": "1@0.1"}),
+        ("restart", {"checkpoint": "../../x@0.1"}),
+        ("restart", {"checkpoint": ["1@0.1"]}),
+        ("restart", {"checkpoint": "x" * 5000}),
+        ("migrate", {"to": "--help"}),
+        ("migrate", {"to": {"a": 1}}),
+        ("migrate", {"to": "n1\nn2"}),
+    ],
+)
+def test_what_is_no_checkpoint_or_node_of_the_job_is_refused(
+    launcher: Launcher, held_job: str, action: str, form: dict[str, object]
+) -> None:
+    known(launcher, held_job)
+    status, _, body = launcher.ask("POST", f"/api/jobs/{held_job}/{action}", form)
+    assert status == 409, body
+
+
+def certificate(directory: Path) -> None:
+    """Write cert.pem and key.pem of a server at 127.0.0.1 into *directory*."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "launcher")])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=2))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    kind, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (directory / "cert.pem").write_bytes(made.public_bytes(kind))
+    (directory / "key.pem").write_bytes(key.private_bytes(kind, form, serialization.NoEncryption()))
+
+
+def test_over_tls_it_answers_by_its_certificate_and_nothing_in_the_clear(cluster: Cluster) -> None:
+    place = cluster.new_directory()
+    seen = cluster.file(place)
+    certificate(seen)
+    running = Launcher(cluster, "--tls-cert", f"{place}/cert.pem", "--tls-key", f"{place}/key.pem")
+    try:
+        assert running.address.startswith("https://127.0.0.1:")
+        trusting = ssl.create_default_context(cadata=(seen / "cert.pem").read_text())
+        connection = http.client.HTTPSConnection("127.0.0.1", running.port, timeout=20, context=trusting)
+        with contextlib.closing(connection):
+            connection.connect()
+            assert connection.sock.version() in ("TLSv1.2", "TLSv1.3")
+            bearer = {"Authorization": f"Bearer {running.token}"}
+            connection.request("GET", "/api/facts", headers=bearer)
+            assert connection.getresponse().status == 200
+        stranger = http.client.HTTPSConnection("127.0.0.1", running.port, timeout=20)
+        with contextlib.closing(stranger), pytest.raises(ssl.SSLCertVerificationError):
+            stranger.connect()
+        plain = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+        with contextlib.closing(plain), pytest.raises((http.client.HTTPException, ConnectionError)):
+            plain.request("GET", "/")
+            plain.getresponse()
+    finally:
+        running.close()
 
 
 def test_other_peoples_jobs_are_neither_shown_nor_touched(launcher: Launcher, cluster: Cluster) -> None:

@@ -147,6 +147,47 @@ def test_a_held_job_gives_its_node_back_after_a_checkpoint_and_goes_on_when_rele
     soon(lambda: state(browser, job.id) == "canceled", "the job canceled", within=30)
 
 
+def test_a_job_goes_on_from_the_checkpoint_that_was_chosen_and_moves_to_the_node_that_was_named(
+    browser: Chrome, launcher: Launcher, cluster: Cluster
+) -> None:
+    opened(browser, launcher)
+    one(browser, "#more summary").click()
+    directory = cluster.new_directory()
+    job = submitted(browser, cluster, text=COMMAND, interval="1h", output="out", directory=directory)
+    for count in (1, 2):
+        soon(lambda n=count: len(texts(browser, ".line")) > 3 * n, "some output", within=30)  # type: ignore[misc]
+        press(browser, "checkpoint")
+        soon(lambda n=count: len(every(browser, "#checkpoints tbody tr")) == n, "it in the table", within=30)  # type: ignore[misc]
+    older = f"{job.id}@0.1"
+    button = one(browser, f'[aria-label="Restart from {older}"]')
+    button.click()
+    assert older in one(browser, "#ask-text").text
+    one(browser, "#ask-no").click()
+    assert not events(browser, "restarted")
+    # Everything by keyboard: the button, and the answer.
+    button.send_keys(Keys.ENTER)
+    one(browser, "#ask-yes").send_keys(Keys.ENTER)
+    soon(lambda: any(older in text for text in events(browser, "restored")), "the job back", within=60)
+    soon(lambda: state(browser, job.id) == "running", "the job running")
+    soon(lambda: len(texts(browser, ".timeline svg .run")) == 2, "two runs in the timeline")
+
+    target = next(node for node in ("n1", "n2", "n3") if node != job.node)
+    press(browser, "migrate")
+    one(browser, "#move-no").click()
+    press(browser, "migrate")
+    one(browser, "#move-to").send_keys("no-such-node", Keys.ENTER)
+    soon(lambda: "knows no such node" in one(browser, "#said").text, "the refusal")
+    browser.get_log("browser")  # type: ignore[no-untyped-call]  # which the browser tells of, too
+    press(browser, "migrate")
+    one(browser, "#move-to").send_keys(target, Keys.ENTER)
+    soon(lambda: len(events(browser, "restored")) == 2, "the job on another node", within=60)
+    soon(lambda: job.node == target, "the node that was named")
+    soon(lambda: job.lines()[-1:] == [f"note {COUNT}"], "its last line", within=90)
+    assert job.lines() == [
+        text for number in range(1, COUNT + 1) for text in (f"line {number}", f"note {number}")
+    ]
+
+
 def test_what_a_job_is_called_and_prints_is_never_taken_for_markup(
     browser: Chrome, launcher: Launcher, cluster: Cluster
 ) -> None:
@@ -211,7 +252,7 @@ def test_everything_can_be_done_with_the_keyboard(
     type_(Keys.END)
     type_(Keys.TAB)
     assert focused() == "checkpoint"
-    type_(Keys.TAB, Keys.TAB)
+    type_(Keys.TAB, Keys.TAB, Keys.TAB)
     assert focused() == "release"
     type_(Keys.ENTER)
     soon(lambda: state(browser, jobs[1].id) == "done", "the job released and done", within=30)

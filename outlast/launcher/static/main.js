@@ -116,6 +116,7 @@ function showJob() {
   }
   const may = {
     checkpoint: row?.kind === "running" && row.watched,
+    migrate: row?.kind === "running" && row.watched,
     hold: (row?.kind === "running" && row.watched) || row?.kind === "pending",
     release: row?.kind === "held",
     cancel: ["pending", "held", "running", "lost"].includes(row?.kind),
@@ -129,45 +130,91 @@ function showJob() {
 
 function showCheckpoints(found) {
   const table = $("checkpoints");
+  const body = table.tBodies[0];
   table.hidden = found.length === 0;
-  table.tBodies[0].replaceChildren(
-    ...found.map((one) =>
-      element(
-        "tr",
-        {},
-        element("th", { scope: "row" }, one.name),
-        element("td", {}, time(one.created)),
-        element("td", {}, one.node || "–"),
-        element("td", { class: "num" }, size(one.image_bytes)),
-        element("td", { class: "num" }, size(one.stored_bytes)),
-        element("td", { class: "num" }, milliseconds(one.pause_ms)),
-      ),
-    ),
+  const names = new Set(found.map((one) => one.name));
+  for (const row of [...body.rows]) if (!names.has(row.dataset.checkpoint)) row.remove();
+  // Rows that are there stay: the keyboard may be on one of their buttons.
+  for (const [at, one] of found.entries()) {
+    if (body.rows[at]?.dataset.checkpoint !== one.name) body.insertBefore(checkpointRow(one), body.rows[at] ?? null);
+  }
+}
+
+function checkpointRow(one) {
+  return element(
+    "tr",
+    { "data-checkpoint": one.name },
+    element("th", { scope: "row" }, one.name),
+    element("td", {}, time(one.created)),
+    element("td", {}, one.node || "–"),
+    element("td", { class: "num" }, size(one.image_bytes)),
+    element("td", { class: "num" }, size(one.stored_bytes)),
+    element("td", { class: "num" }, milliseconds(one.pause_ms)),
+    element("td", {}, element("button", { type: "button", class: "button small", "aria-label": `Restart from ${one.name}` }, "Restart from here")),
   );
 }
 
-async function act(name) {
+async function act(name, form = {}) {
   const job = chosen;
-  if (name === "cancel" && !(await sure(job))) return;
   say("…");
   try {
-    const answer = await post(`api/jobs/${job}/${name}`, {});
+    const answer = await post(`api/jobs/${job}/${name}`, form);
     say(`Job ${job}: ${answer.said}.`);
   } catch (error) {
     say([error.message, error.hint].filter(Boolean).join(" – "), true);
   }
 }
 
-function sure(job) {
+async function decide(name) {
+  const job = chosen;
   const row = jobs.rows.get(job);
-  setText($("ask-title"), `Cancel job ${job}?`);
-  setText($("ask-text"), `${row?.name || "It"} is ended for good, and is not restarted from its checkpoints. “Hold” gives its node back and lets it go on later.`);
+  if (name === "cancel") {
+    const what = `${row?.name || "It"} is ended for good, and is not restarted from its checkpoints. “Hold” gives its node back and lets it go on later.`;
+    if (!(await sure(`Cancel job ${job}?`, what, "Cancel job", "Keep it"))) return;
+  }
+  if (name !== "migrate") return act(name);
+  const to = await where(job);
+  if (to !== null) act(name, { to });
+}
+
+async function restart(checkpoint) {
+  const row = jobs.rows.get(chosen);
+  const now = row?.kind === "running" ? "What it has computed since then is computed again. " : "";
+  const what = `${row?.name || "The job"} goes on from ${checkpoint}. ${now}Newer checkpoints of older runs are not used any more.`;
+  if (await sure(`Restart job ${chosen}?`, what, "Restart", "Leave it")) act("restart", { checkpoint });
+}
+
+function sure(title, text, yes, no) {
+  setText($("ask-title"), title);
+  setText($("ask-text"), text);
+  setText($("ask-yes"), yes);
+  setText($("ask-no"), no);
   const dialog = $("ask");
+  dialog.returnValue = "no";
   dialog.showModal();
   return new Promise((done) => {
     dialog.onclose = () => done(dialog.returnValue === "yes");
     $("ask-no").onclick = () => dialog.close("no");
     $("ask-yes").onclick = () => dialog.close("yes");
+    dialog.oncancel = () => (dialog.returnValue = "no");
+  });
+}
+
+// Asks for the node that a job is to go to: its name, "" for any, null for none at all.
+function where(job) {
+  setText($("move-title"), `Migrate job ${job}?`);
+  $("move-to").value = "";
+  const dialog = $("move");
+  dialog.returnValue = "no";
+  dialog.showModal();
+  $("move-to").focus();
+  return new Promise((done) => {
+    dialog.onclose = () => done(dialog.returnValue === "yes" ? $("move-to").value.trim() : null);
+    $("move-no").onclick = () => dialog.close("no");
+    $("move-form").onsubmit = (event) => {
+      event.preventDefault();
+      dialog.close("yes");
+    };
     dialog.oncancel = () => (dialog.returnValue = "no");
   });
 }
@@ -212,7 +259,12 @@ $("actions").addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
   if (button.getAttribute("aria-disabled") === "true") say(`Job ${chosen}: not while it is ${stateWord(jobs.rows.get(chosen) || { kind: "", state: "unknown" })}.`, true);
-  else act(button.dataset.action);
+  else decide(button.dataset.action);
+});
+
+$("checkpoints").addEventListener("click", (event) => {
+  const name = event.target.closest("button") && event.target.closest("tr")?.dataset.checkpoint;
+  if (name) restart(name);
 });
 
 takeTokenFromAddress();

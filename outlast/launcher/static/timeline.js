@@ -4,9 +4,9 @@ import { $, element, plural, span, time } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const STARTS = new Set(["started", "restored", "no-capsule"]);
-const ENDS = new Set(["ended", "killed", "cancelled", "fenced", "not-started"]);
+const ENDS = new Set(["ended", "killed", "cancelled", "fenced", "not-started", "left", "held"]);
 const NOTICED = new Set(["node-marked-down", "requeued"]);
-const FAILURES = new Set(["checkpoint-failed", "restore-failed", "not-started", "node-marked-down"]);
+const FAILURES = new Set(["checkpoint-failed", "restore-failed", "not-started", "node-marked-down", "pages-failed", "not-saved"]);
 const LANE = 30;
 const TOP = 8;
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800];
