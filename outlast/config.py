@@ -144,6 +144,11 @@ class WatcherConfig:
     mark_down: bool = True  # tell the scheduler at once that a node is dead
     exclude: int = 300  # seconds for which a job is kept away from the node that it was lost on
     socket: Path = Path("/run/outlast/watcher.sock")
+    metrics: str = ""  # "HOST:PORT" to be asked at for figures over HTTP; "" for nowhere
+
+    def __post_init__(self) -> None:
+        if self.metrics and not re.fullmatch(r"\S+:[0-9]{1,5}", self.metrics):
+            raise ValueError(f'metrics = "{self.metrics}": must be an address and a port: "127.0.0.1:9469"')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import outlast
+from outlast import journal
 from outlast.cli import _completion, _here, _jobs, _site, _views
 from outlast.cli._common import EXIT_CODES
 from outlast.config import DEFAULT_PATH
@@ -71,15 +72,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``outlast`` command; returns its exit code."""
     args = parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s outlast: %(message)s"
-        if args.verb in ("manager", "watcher")
-        else "outlast: %(message)s",
+    journal.set_up(
+        logging.DEBUG if args.debug else logging.INFO,
+        service=args.verb in ("manager", "watcher"),
+        job_id=args.job if args.verb == "manager" else "",
     )
     if args.verb == "watcher" and args.json:
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(_JsonLines())
+            if not isinstance(handler, journal.JournalHandler):
+                handler.setFormatter(_JsonLines())
     logging.getLogger("paramiko").setLevel(logging.WARNING)
     try:
         args.run(args)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from outlast import storekeeper, terminal
-from outlast.cli._common import AddVerb, config_of, print_json, with_json
+from outlast.cli._common import RUNTIME, AddVerb, config_of, print_json, with_json
 from outlast.config import Config, config_files, explain_config, read_config
 from outlast.errors import ConfigError
 
@@ -19,6 +19,8 @@ def add(verb: AddVerb) -> None:
     with_json(verb("doctor", _doctor))
     sub = with_json(verb("config", _config))
     sub.add_argument("action", choices=("check", "show"))
+    sub = with_json(verb("metrics", _metrics))
+    sub.add_argument("--textfile", type=Path, metavar="FILE", help="write them there, for the node exporter")
     with_json(verb("watcher", _watcher))
     sub = with_json(verb("launcher", _launcher))
     sub.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here: 127.0.0.1")
@@ -66,6 +68,20 @@ def _config(args: argparse.Namespace) -> None:
             print(f"\n[{table}]")
         # What is printed can be read as a file again: JSON's texts and numbers are TOML's too.
         print(f"{f'{name} = {json.dumps(value)}':<48} # {origin}")
+
+
+def _metrics(args: argparse.Namespace) -> None:
+    """Print what Outlast does on this node in figures, as Prometheus reads them (for root)."""
+    from outlast.exposition import render
+    from outlast.metrics import node_metrics, write_textfile
+
+    families = node_metrics(config_of(args), RUNTIME)
+    if args.textfile is not None:
+        write_textfile(render(families), args.textfile)
+    if args.json:
+        print_json({"metrics": [dataclasses.asdict(family) for family in families]})
+    elif args.textfile is None:
+        print(render(families), end="")
 
 
 def _watcher(args: argparse.Namespace) -> None:

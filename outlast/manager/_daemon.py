@@ -579,6 +579,7 @@ class Manager:
             "newest": newest.id.name(self._job.job_id) if newest is not None else None,
             "last_error": checkpointer.last_error if checkpointer is not None else None,
             "pages": read_progress(run.directory) if run is not None else None,
+            "tally": self._events.tally(),
         }
 
     # --- a manager that died and was started again -------------------------------------------------------

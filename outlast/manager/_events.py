@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -14,6 +15,8 @@ from outlast.store import Store
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKLOG = 10000
+# What a checkpoint's event tells in figures: milliseconds, bytes, bytes, seconds.
+_SUMMED = ("pause_ms", "image_bytes", "stored_bytes", "ship_s")
 
 
 class EventLog:
@@ -25,15 +28,30 @@ class EventLog:
         self._lock = threading.Lock()
         self._pending: list[dict[str, Any]] = []
         self.epoch = 0
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._sums: dict[str, float] = dict.fromkeys(_SUMMED, 0.0)
+        self._newest: float | None = None
 
     def add(self, event: str, text: str, **details: Any) -> None:  # noqa: ANN401 - any JSON value
         """Record *event*, one of the words of docs/operate.md, with *text* for people."""
-        log.info("%s: %s", event, text)
-        entry = {"time": time.time(), "node": self._node, "epoch": self.epoch, "event": event, "text": text}
+        log.info("%s: %s", event, text, extra={"event": event, "checkpoint": details.get("checkpoint")})
+        now = time.time()
+        entry = {"time": now, "node": self._node, "epoch": self.epoch, "event": event, "text": text}
         with self._lock:
             self._pending.append(entry | details)
+            self._counts[event] += 1
+            if event == "checkpoint":
+                self._newest = now
+                for key in _SUMMED:
+                    self._sums[key] += details.get(key, 0)
             # A store that is away for weeks must not fill this node's memory.
             del self._pending[:-_LONGEST_BACKLOG]
+
+    def tally(self) -> dict[str, Any]:
+        """Return what this manager has seen so far: of each event how many, and sums over its checkpoints."""
+        with self._lock:
+            newest = {} if self._newest is None else {"newest": self._newest}
+            return {"events": dict(self._counts), **self._sums, **newest}
 
     def flush(self, store: Store) -> None:
         """Ship what has been added since the last time.

@@ -9,16 +9,19 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from outlast import control
 from outlast.config import Config
-from outlast.errors import OutlastError
+from outlast.errors import ConfigError, OutlastError
+from outlast.exposition import serve
 from outlast.scheduler import Scheduler
 from outlast.scheduler.pbs import PbsScheduler
 from outlast.scheduler.slurm import SlurmScheduler
 from outlast.store import open_store
 from outlast.watcher.answers import Desk
+from outlast.watcher.figures import Figures
 from outlast.watcher.loop import Loop, Wake
 
 log = logging.getLogger(__name__)
@@ -49,10 +52,13 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             listener = control.listen(path)
             threading.Thread(target=control.serve, args=(listener, desk.handle), daemon=True).start()
+            figures = Figures(loop)
+            stop_serving = _serve_figures(config.watcher.metrics, figures)
             log.info("watching cluster %s; requests at %s", config.cluster, path)
             try:
-                _watch(loop, wake, ending, config.watcher.cycle)
+                _watch(loop, wake, ending, config.watcher.cycle, figures)
             finally:
+                stop_serving()
                 path.unlink(missing_ok=True)
                 listener.close()
                 desk.close()
@@ -62,7 +68,17 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
             signal.signal(number, handler)
 
 
-def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float) -> None:
+def _serve_figures(address: str, figures: Figures) -> Callable[[], None]:
+    if not address:
+        return lambda: None
+    try:
+        return serve(address, figures.text)
+    except OSError as error:
+        hint = "watcher.metrics is an address of this machine, and a port that nothing else has"
+        raise ConfigError(f"{address}: {error.strerror}", hint=hint) from None
+
+
+def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float, figures: Figures) -> None:
     woken = False
     fault = ""
     while not ending:
@@ -82,4 +98,5 @@ def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float) -> None:
             if fault:
                 log.info("store and scheduler answer again")
             fault = ""
+        figures.count(time.monotonic() - began, faulty=bool(fault))
         woken = wake.wait(began + seconds - time.monotonic())

@@ -9,7 +9,7 @@ import os
 import select
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -90,6 +90,9 @@ class Loop:
         self._settled: frozenset[Run] = frozenset()
         self._looked = -_LOOK_SECONDS
         self.leases: tuple[LeaseView, ...] = ()
+        self.acted: Counter[tuple[str, bool]] = (
+            Counter()
+        )  # what was done: the event, and whether it was refused
 
     def cycle(self, *, look: bool = False, again: bool = False) -> tuple[Decision, ...]:
         """Look once, decide, and act. *look*: ask the scheduler even where no lease gives cause to.
@@ -279,10 +282,13 @@ class Loop:
                 for one in self._done
             )
             self._done.append(Done(now, event, run, target, refused))
+            self.acted[event, refused] += 1
             if refused and seen:
                 continue
             text = f"{target}: {reason}" if target else reason
-            log.log(logging.WARNING if refused else logging.INFO, "job %s: %s: %s", run.job_id, event, text)
+            level = logging.WARNING if refused else logging.INFO
+            fields = {"job_id": run.job_id, "event": event}
+            log.log(level, "job %s: %s: %s", run.job_id, event, text, extra=fields)
             entry = {
                 "time": now,
                 "node": socket.gethostname().split(".")[0],
