@@ -20,7 +20,17 @@ from ci.testbed.layout import HERE, PATH, Layout, TestbedError
 
 # What `make install` reads.
 PRODUCT_SOURCES = (
-    *("outlast", "criu_backend", "plugins", "hooks", "lib", "scripts", "docs/man", "docs/operate.md"),
+    *(
+        "outlast",
+        "criu_backend",
+        "plugins",
+        "hooks",
+        "lib",
+        "packaging",
+        "scripts",
+        "docs/man",
+        "docs/operate.md",
+    ),
     *("Makefile", "setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md"),
 )
 _KEPT_PRODUCTS = 8
