@@ -136,7 +136,8 @@ def test_top_shows_the_chosen_jobs_events_follows_the_arrow_keys_and_gives_the_t
 def test_progress_is_drawn_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
     program = (
         "from outlast.terminal import progress\nimport time\n"
-        "with progress('verify', 4) as advance:\n    for n in range(5):\n        advance(n); time.sleep(0.1)\n"
+        "with progress('verify', 4) as advance:\n"
+        "    for n in range(5):\n        advance(n); time.sleep(2 if n == 2 else 0)\n"
     )
     pytest.importorskip("rich")
     shown = Terminal(sys.executable, "-c", program)
