@@ -98,13 +98,11 @@ static int member(const char *reply, const char *name, char *text, size_t size)
 	return 1;
 }
 
-/* Asks the manager. Returns 1 with a ticket, 0 where this process is not of its job, -1 where it failed. */
-static int ask(const char *directory, char run[TICKET], char number[TICKET])
+/* Sends one request to the manager, and takes its answer. Returns 0, or -1 where there is none. */
+static int converse(const char *directory, const char *request, char reply[REPLY])
 {
-	static const char request[] = "{\"op\": \"ckpt\"}\n";
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	struct timeval patience = { .tv_sec = CONNECT_SECONDS };
-	char reply[REPLY] = "", ticket[2 * TICKET], why[REPLY / 2];
 	size_t length = 0;
 	ssize_t count;
 
@@ -116,23 +114,41 @@ static int ask(const char *directory, char run[TICKET], char number[TICKET])
 		return outlast_fail("a socket: %s", strerror(errno));
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
 	if (connect(fd, (struct sockaddr *) &address, sizeof(address)) < 0 ||
-	    send(fd, request, sizeof(request) - 1, MSG_NOSIGNAL) != sizeof(request) - 1) {
+	    send(fd, request, strlen(request), MSG_NOSIGNAL) != (ssize_t) strlen(request)) {
 		int error = errno;
 
 		close(fd);
 		return outlast_fail("%s: %s", address.sun_path, strerror(error));
 	}
-	while (length < sizeof(reply) - 1 && (count = recv(fd, reply + length, sizeof(reply) - 1 - length, 0)) > 0)
+	while (length < REPLY - 1 && (count = recv(fd, reply + length, REPLY - 1 - length, 0)) > 0)
 		length += (size_t) count;
 	close(fd);
 	reply[length] = '\0';
+	return 0;
+}
+
+/* Says what a reply that is no good says; returns -1. */
+static int refused(const char *reply)
+{
+	char why[REPLY / 2];
+
+	return outlast_fail("%s", member(reply, "error", why, sizeof(why)) ? why : "the job's manager gave no answer");
+}
+
+/* Asks the manager. Returns 1 with a ticket, 0 where this process is not of its job, -1 where it failed. */
+static int ask(const char *directory, char run[TICKET], char number[TICKET])
+{
+	char reply[REPLY], ticket[2 * TICKET];
+
+	if (converse(directory, "{\"op\": \"ckpt\"}\n", reply) < 0)
+		return -1;
 	if (strstr(reply, "\"ok\": true") != NULL && member(reply, "ckpt", ticket, sizeof(ticket)) &&
 	    sscanf(ticket, "%63s %63s", run, number) == 2)
 		return 1;
 	const char *code = strstr(reply, "\"exit_code\": ");
 	if (code != NULL && atoi(code + strlen("\"exit_code\": ")) == EX_USAGE)
 		return 0;
-	return outlast_fail("%s", member(reply, "error", why, sizeof(why)) ? why : "the job's manager gave no answer");
+	return refused(reply);
 }
 
 /* A text that tells one capsule from every other: when the host was booted, and when the capsule's init began. */
@@ -227,6 +243,51 @@ int outlast_ckpt(void)
 			hook->after(result == 1, hook->data);
 	}
 	return result;
+}
+
+/* Reads $OUTLAST_JOB of another process, which only its user may; returns whether it has one. */
+static int directory_of(pid_t pid, char *text, size_t size)
+{
+	static const char variable[] = "OUTLAST_JOB=";
+	char path[64], *word = NULL;
+	size_t room = 0;
+	int found = 0;
+
+	snprintf(path, sizeof(path), "/proc/%ld/environ", (long) pid);
+	FILE *file = fopen(path, "re");
+	if (file == NULL) {
+		outlast_fail("process %ld: %s", (long) pid, strerror(errno));
+		return 0;
+	}
+	while (!found && getdelim(&word, &room, '\0', file) > 0) {
+		found = strncmp(word, variable, sizeof(variable) - 1) == 0;
+		if (found)
+			snprintf(text, size, "%s", word + sizeof(variable) - 1);
+	}
+	free(word);
+	fclose(file);
+	if (!found)
+		outlast_fail("process %ld: it is not of a job that is checkpointed", (long) pid);
+	return found;
+}
+
+int outlast_tckpt(pid_t pid)
+{
+	char directory[PATH_MAX], reply[REPLY];
+
+	outlast_no_error();
+	if (pid == 0) {
+		const char *mine = job_directory();
+
+		if (mine == NULL)
+			return outlast_fail("this process is not of a job that is checkpointed");
+		snprintf(directory, sizeof(directory), "%s", mine);
+	} else if (!directory_of(pid, directory, sizeof(directory))) {
+		return -1;
+	}
+	if (converse(directory, "{\"op\": \"checkpoint\"}\n", reply) < 0)
+		return -1;
+	return strstr(reply, "\"ok\": true") != NULL ? 0 : refused(reply);
 }
 
 int outlast_on_ckpt(void (*before)(void *data), void (*after)(int restored, void *data), void *data)

@@ -3,6 +3,7 @@
 #define OUTLAST_H
 
 #include <stddef.h>
+#include <sys/types.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -14,6 +15,13 @@ extern "C" {
  * Outlast it returns 0 at once.
  */
 int outlast_ckpt(void);
+
+/*
+ * Has the whole job of process pid checkpointed soon, as `outlast checkpoint` does, without it noticing: a process of the
+ * caller's own job, or of another job of the same user on this node; 0 is the caller itself. Returns 0 at once when that
+ * is agreed on, whatever then becomes of the checkpoint, and -1 if not: outlast_error() says why.
+ */
+int outlast_tckpt(pid_t pid);
 
 /* Why the last call in this thread failed; "" if it did not. */
 const char *outlast_error(void);
@@ -35,12 +43,13 @@ int outlast_exclude(void *address, size_t length);
 int outlast_include(void *address, size_t length);
 
 /*
- * Critical data: outlast_protect() names the memory that alone is worth saving; outlast_save() writes all of it to
- * a file, whole or not at all; outlast_load() reads it back into the same memory of a new process, and then calls
- * each restored(data). Ids are the program's own. They work without Outlast. Return 0; -1: outlast_error() says why,
- * and after a failed outlast_load() all memory is as it was.
+ * Critical data: outlast_protect() names the memory, and outlast_protect_file() the files, that alone are worth saving;
+ * outlast_save() writes all of them to one file, whole or not at all; outlast_load() reads it back into the same memory
+ * and files for a new process, and then calls each restored(data). Ids are the program's own. They work without Outlast.
+ * Return 0; -1: outlast_error() says why, and after a failed outlast_load() all memory is as it was.
  */
 int outlast_protect(int id, void *address, size_t length, void (*restored)(void *data), void *data);
+int outlast_protect_file(int id, const char *path, void (*restored)(void *data), void *data);
 int outlast_unprotect(int id);
 int outlast_save(const char *path);
 int outlast_load(const char *path);
@@ -49,6 +58,11 @@ int outlast_load(const char *path);
 static inline int ckpt(void)
 {
 	return outlast_ckpt();
+}
+
+static inline int tckpt(pid_t pid)
+{
+	return outlast_tckpt(pid);
 }
 #endif
 

@@ -1,6 +1,6 @@
 """ckpt() for programs in Python: checkpoint this job at this point. Uses only what Python brings itself.
 
-Source: lib/man/outlast_ckpt.3; the same in C is lib/liboutlast.c.
+Source: lib/man/outlast_ckpt.3; the same in C is lib/ckpt.c.
 """
 
 # Simple paths: one system call for each look, and it is imported by users' programs.
@@ -8,11 +8,14 @@ Source: lib/man/outlast_ckpt.3; the same in C is lib/liboutlast.c.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 _VARIABLE = "OUTLAST_JOB"
 _CONNECT_SECONDS = 10.0
@@ -22,6 +25,8 @@ _PENDING = "pending"
 
 _before: list[Callable[[], object]] = []
 _after: list[Callable[[bool], object]] = []
+# By first byte and length, in whole pages: what keeps the memory alive.
+_excluded: dict[tuple[int, int], object] = {}
 
 
 class CheckpointFailed(Exception):
@@ -42,6 +47,39 @@ def on_ckpt(
         _after.append(after)
 
 
+def active() -> bool:
+    """Return whether this process is one of a job that is checkpointed."""
+    directory = os.environ.get(_VARIABLE)
+    return bool(directory) and os.path.lexists(os.path.join(str(directory), "run"))
+
+
+def exclude(memory: Any) -> None:  # noqa: ANN401
+    """Leave *memory*, a writable buffer, out of the checkpoints that ckpt() takes: scratch memory.
+
+    Its whole pages are given back before each, so they read as zero after it, in the running job too. Private memory
+    only. Periodic checkpoints hold it.
+    """
+    pages, held = _pages(memory)
+    if pages[1] > 0:
+        _excluded[pages] = held
+
+
+def include(memory: Any) -> None:  # noqa: ANN401
+    """Undo exclude(); KeyError if the same memory was not excluded."""
+    pages, _ = _pages(memory)
+    if pages[1] > 0:
+        del _excluded[pages]
+
+
+def _pages(memory: Any) -> tuple[tuple[int, int], object]:  # noqa: ANN401
+    view = memoryview(memory).cast("B")
+    held = (ctypes.c_char * view.nbytes).from_buffer(view)
+    address = ctypes.addressof(held)
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    return (first, max(0, last - first)), held
+
+
 def ckpt() -> bool:
     """Checkpoint the whole job at this point.
 
@@ -53,10 +91,14 @@ def ckpt() -> bool:
         CheckpointFailed: there is no checkpoint.
     """
     directory = os.environ.get(_VARIABLE)
-    if not directory or not os.path.lexists(os.path.join(directory, "run")):
+    if not directory or not active():
         return False
     for hook in _before:
         hook()
+    if _excluded:
+        libc = ctypes.CDLL(None)
+        for address, length in _excluded:
+            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
     restored = False
     try:
         restored = _ckpt(directory)
@@ -64,6 +106,34 @@ def ckpt() -> bool:
         for hook_after in _after:
             hook_after(restored)
     return restored
+
+
+def tckpt(pid: int = 0) -> None:
+    """Have the whole job of process *pid* checkpointed soon, without it noticing; return when that is agreed on.
+
+    Args:
+        pid: a process of the caller's own job, or of another job of the same user on this node; 0: the caller.
+
+    Raises:
+        CheckpointFailed: it is not of a job that is checkpointed, or not the caller's.
+    """
+    directory = os.environ.get(_VARIABLE, "") if pid == 0 else _directory_of(pid)
+    if not directory or (pid == 0 and not active()):
+        raise CheckpointFailed(f"process {pid or os.getpid()}: it is not of a job that is checkpointed")
+    reply = _converse(directory, b'{"op": "checkpoint"}\n')
+    if not reply["ok"]:
+        raise CheckpointFailed(str(reply["error"]))
+
+
+def _directory_of(pid: int) -> str:
+    """Return $OUTLAST_JOB of another process, which only its user may read; "" if it has none."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError as error:
+        raise CheckpointFailed(f"process {pid}: {error.strerror}") from None
+    name = _VARIABLE.encode() + b"="
+    return next((os.fsdecode(word[len(name) :]) for word in words if word.startswith(name)), "")
 
 
 def _ckpt(directory: str) -> bool:
@@ -98,23 +168,29 @@ def _ckpt(directory: str) -> bool:
 
 def _ask(directory: str) -> tuple[str, str] | None:
     """Ask the job's manager; return what to look for, or None where this process is not of its job."""
+    reply = _converse(directory, b'{"op": "ckpt"}\n')
+    if reply["ok"]:
+        run, number = str(reply["ckpt"]).split()
+        return run, number
+    if reply.get("exit_code") == os.EX_USAGE:
+        return None
+    raise CheckpointFailed(str(reply["error"]))
+
+
+def _converse(directory: str, request: bytes) -> dict[str, Any]:
+    """Send one request to the job's manager; return its answer."""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_CONNECT_SECONDS)
             connection.connect(os.path.join(directory, "manager.sock"))
-            connection.sendall(b'{"op": "ckpt"}\n')
+            connection.sendall(request)
             line = b""
             while not line.endswith(b"\n") and (data := connection.recv(4096)):
                 line += data
     except OSError as error:
         raise CheckpointFailed(f"{directory}/manager.sock: {error.strerror or error}") from None
-    reply = json.loads(line or b'{"ok": false, "error": "no answer"}')
-    if reply["ok"]:
-        run, number = reply["ckpt"].split()
-        return run, number
-    if reply.get("exit_code") == os.EX_USAGE:
-        return None
-    raise CheckpointFailed(str(reply["error"]))
+    reply: dict[str, Any] = json.loads(line or b'{"ok": false, "error": "no answer"}')
+    return reply
 
 
 def _capsule() -> tuple[str, str]:

@@ -348,6 +348,35 @@ def test_connection_within_the_job_goes_on(place: Place) -> None:
     assert job.ended() == exit_code(0)
 
 
+def test_ports_that_the_lost_run_still_holds_are_free_for_its_restore(user_place: Place) -> None:
+    """The kernel remembers a closed connection for a minute, in which nobody could listen at its port."""
+    job = user_place.python("""
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(4)
+        def talk():
+            mine = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+            theirs.close()
+            assert mine.recv(1) == b""
+            mine.close()
+        talk()
+        say("ready")
+        wait("go")
+        talk()
+        say("done")
+    """)
+    job.says("ready")
+    images, _ = user_place.dump(job)
+    user_place.lose(job)
+
+    restored = user_place.restore(images)
+    user_place.touch("go")
+
+    restored.says("done")
+    assert restored.ended() == exit_code(0)
+
+
 def test_same_image_can_be_restored_twice(place: Place) -> None:
     job = place.python("say('ready'); wait('go'); sys.exit(13)")
     job.says("ready")

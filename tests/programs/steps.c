@@ -1,6 +1,7 @@
 /*
- * steps.c COUNT: an example of checkpoints at the program's own points. Does COUNT steps of work, with a checkpoint
- * after each; says "step N", and "restored in step N" where it was.
+ * steps.c COUNT [include]: an example of checkpoints at the program's own points. Does COUNT steps of work, with a
+ * checkpoint after each; says "step N", and "restored in step N" where it was. Its scratch memory, which is of no use
+ * after a step, is in no checkpoint, unless it is asked to include it.
  *
  *     gcc -O2 -o steps steps.c -loutlast
  */
@@ -27,10 +28,12 @@ int main(int argc, char **argv)
 		return 1;
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	outlast_on_ckpt(NULL, tell, "connection");
-	/* What is in it is of no use after a step: it need not be in any checkpoint. */
 	outlast_exclude(scratch, SCRATCH);
+	if (argc > 2 && strcmp(argv[2], "include") == 0)
+		outlast_include(scratch, SCRATCH);
 	for (long step = 1; step <= count; step++) {
-		memset(scratch, (int) step, SCRATCH);
+		for (long i = 0; i < SCRATCH; i++)
+			scratch[i] = (char) (i * i * step >> 7);
 		usleep(200000);
 		printf("step %ld\n", step);
 		int result = ckpt();
