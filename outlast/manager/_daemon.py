@@ -233,6 +233,11 @@ class Manager:
                 self._events.add("cancelled", str(error))
             case UnfitNode() if self._go_elsewhere():
                 self._events.add("unfit-node", f"{error}; the job is queued for another node")
+            case UnfitNode() if self._mom is not None:
+                # PBS cannot keep a queued job off one host; it is run again as often as after any fault.
+                self._events.add("unfit-node", f"{error}; the job is queued again")
+                self._mom.ask_for_rerun(str(error))
+                shim.exit(error.exit_code, f"{error}; {error.hint}")
             case OutlastError():
                 self._events.add("not-started", str(error))
                 if self._mom is not None and error.exit_code in (os.EX_TEMPFAIL, os.EX_SOFTWARE):

@@ -10,8 +10,9 @@ from tests.cluster import NODES, Cluster, Job, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
-# Writes to a log that is closed between lines, to a file on the node's own disk, to one that is written in
-# place, and to shared memory, and compares all of them in each step.
+# Writes in each step to a log that is closed between lines, to a file on the node's own disk, in place, to shared
+# memory, to the ends of two files, to a mapped one and to one without a name, and compares all of them with what
+# they must hold.
 SCRIBE = """
 cat >scribe.py <<'END'
 import mmap, os, time
@@ -20,21 +21,38 @@ index = open("index", "w+b", 0)
 segment = open("/dev/shm/scribe-%s" % os.environ["SLURM_JOB_ID"], "w+b", 0)
 segment.truncate(4096)
 memory = mmap.mmap(segment.fileno(), 4096)
-for step in range(30):
-    line = b"%d\\n" % step
-    here.write(line)
-    memory[:8] = index_now = b"%08d" % step
+written, appended = open("written", "w+b", 0), open("appended", "a+b", 0)
+table = open("table", "w+b", 0)
+table.truncate(8192)
+mapped = mmap.mmap(table.fileno(), 8192)
+ghost = open("ghost", "w+b", 0)
+os.unlink("ghost")
+os.link("written", "other-name")
+step = -1
+while step < 40 or not os.path.exists("go"):
+    step += 1
+    line = b"%d\n" % step
+    for file in (here, written, appended, ghost):
+        file.write(line)
+    memory[:8] = mapped[4096:4104] = index_now = b"%08d" % step
     os.pwrite(index.fileno(), index_now, 0)
     with open("steps.log", "ab") as log:
         log.write(line)
-    lines = b"".join(b"%d\\n" % one for one in range(step + 1))
-    right = [
-        os.pread(here.fileno(), 1 << 20, 0) == lines, os.pread(index.fileno(), 99, 0) == index_now,
-        memory[:8] == index_now, os.pread(segment.fileno(), 8, 0) == index_now,
-        open("steps.log", "rb").read() == lines,
+    if step % 4 == 3:
+        open("new-%d.log" % step, "wb").close()
+    os.chmod("written", 0o600 + step % 8)
+    lines = b"".join(b"%d\n" % one for one in range(step + 1))
+    right = [os.pread(file.fileno(), 1 << 20, 0) == lines for file in (here, written, appended, ghost)]
+    right += [
+        os.pread(index.fileno(), 99, 0) == index_now, memory[:8] == index_now,
+        os.pread(segment.fileno(), 8, 0) == index_now, mapped[4096:4104] == index_now,
+        os.pread(table.fileno(), 8, 4096) == index_now, open("steps.log", "rb").read() == lines,
+        open("other-name", "rb").read() == lines,
+        sorted(one for one in os.listdir() if one.endswith(".log") and one.startswith("new"))
+        == sorted("new-%d.log" % one for one in range(3, step + 1, 4)),
     ]
-    print(step, *right, flush=True)
-    time.sleep(0.4)
+    print(step, *(number for number, one in enumerate(right) if not one), flush=True)
+    time.sleep(0.1)
 for file in (here, segment):
     os.unlink(file.name)
 END
@@ -50,17 +68,55 @@ def leave(cluster: Cluster, job: Job) -> str:
     return node
 
 
-def test_files_of_every_kind_go_with_a_job_to_another_node(cluster: Cluster) -> None:
-    job = cluster.submit(SCRIBE, "--export=ALL,OUTLAST_APPEND=*.log", checkpoint="2s")
-    job.wait_for("checkpoint", count=2, within=60)
-    node = leave(cluster, job)
-    restored = job.wait_for("restored", within=60)
+@pytest.mark.parametrize("how", ["requeued", "power cut"])
+def test_files_of_every_kind_go_with_a_job_to_another_node(cluster_to_break: Cluster, how: str) -> None:
+    cluster = cluster_to_break
+    job = cluster.submit(SCRIBE, "--export=ALL,OUTLAST_APPEND=*.log", checkpoint="1h")
+    job.wait_for_line("5")
+    cluster.on("ctl", "outlast", "checkpoint", job.id, user=True)
+    job.wait_for("checkpoint", within=60)
+    seen = len(job.lines())
+    eventually(lambda: len(job.lines()) > seen + 8, within=30, what="the job changes all files after it")
+    node = job.node
+    if how == "requeued":
+        leave(cluster, job)
+    else:
+        cluster.cut_power(node)
+    restored = job.wait_for("restored", within=90)
+    job.path("go").touch()
 
     assert restored.node != node
     assert job.wait_for_end(within=90) == ("COMPLETED", "0:0")
+    # A number behind a step's would be that of a file that is not as it was.
     lines = [line for line in job.lines() if not line.startswith("slurmstepd")]
-    assert lines == [f"{step} True True True True True" for step in range(30)]
-    assert job.path("steps.log").read_text() == "".join(f"{step}\n" for step in range(30))
+    assert lines == [str(step) for step in range(len(lines))]
+    assert job.path("steps.log").read_text() == "".join(f"{line}\n" for line in lines)
+    if how == "power cut":
+        for name in ("written", "appended", "steps.log", "out", "table"):
+            assert job.path(f"{name}.outlast-lost.0").exists(), f"what was cut off of {name} is kept"
+
+
+def test_files_that_shrank_or_were_written_anew_are_named_and_the_job_is_held(cluster: Cluster) -> None:
+    script = "head -c 20000 /dev/zero >kept\n" + KEEPER
+    jobs = {name: cluster.submit(script) for name in ("shrunk", "overwritten")}
+    for job in jobs.values():
+        job.wait_for("checkpoint", within=60)
+        job.requeue()
+    for job in jobs.values():
+        job.wait_for("ended", within=60)
+    jobs["shrunk"].path("kept").write_bytes(b"")
+    with jobs["overwritten"].path("kept").open("r+b") as file:
+        file.write(b"something else")
+    for name, why in (
+        ("shrunk", "it has 0 bytes, and had 20002"),
+        ("overwritten", "has been overwritten since"),
+    ):
+        job = jobs[name]
+        failed = job.wait_for("restore-failed", within=60)
+
+        assert f"{job.directory}/kept: " in failed.text
+        assert why in failed.text
+        assert job.wait_for_end(within=60) == ("FAILED", "70:0")
 
 
 # Its two checkpoints are of no use any more when its file is gone.
@@ -140,7 +196,7 @@ def older_node(cluster: Cluster) -> Iterator[str]:
 def test_node_whose_processors_lack_an_instruction_is_left_for_another_by_itself(
     cluster: Cluster, older_node: str
 ) -> None:
-    job = cluster.submit(SCRIBE.replace("range(30)", "range(20)"), "-w", "n1", checkpoint="2s")
+    job = cluster.submit(SCRIBE, "-w", "n1", checkpoint="2s")
     job.wait_for("checkpoint", count=2, within=60)
     cluster.on("ctl", "scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
     try:
