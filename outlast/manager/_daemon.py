@@ -304,6 +304,7 @@ class Manager:
         self._guard(run)
         first = run.capsule
         self._launcher.await_pages(run, shim)
+        self._pager.close()
         if run.capsule is not first:
             self._guard(run)  # each capsule has its own
         run.pager = None
@@ -591,6 +592,7 @@ class Manager:
 
     def _adopt(self, run: Run) -> None:
         """Take over the running job of a manager that died."""
+        self._pager.close()
         self._events.epoch = run.epoch
         self._events.add("manager-restarted", "the job's manager was started again, and takes over")
         with (run.directory / "criu.lock").open("a") as file:

@@ -15,6 +15,7 @@ import select
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,12 @@ class Pager:
     def close(self) -> None:
         """Let it end, unless pages still follow."""
         self._socket.close()
+
+        def reap() -> None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+
+        threading.Thread(target=reap, name="pager", daemon=True).start()
 
     def _ask(self, request: Mapping[str, Any]) -> None:
         try:
