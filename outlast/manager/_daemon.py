@@ -32,7 +32,7 @@ from outlast.manager._events import EventLog
 from outlast.manager._findings import as_dictionary
 from outlast.manager._guard import Guard, boottime
 from outlast.manager._holding import Ask, Holding
-from outlast.manager._launch import Ahead, Launcher, end_of, epoch_of, first_epoch_of, remember_choice
+from outlast.manager._launch import Launcher, end_of, epoch_of, first_epoch_of, remember_choice
 from outlast.manager._leaving import Leaving, Mover
 from outlast.manager._mom import HELD, Mom, MomMover
 from outlast.manager._pager import Pager, await_pages, read_progress
@@ -99,7 +99,6 @@ class Manager:
         self._events = EventLog(self._job, self._node)
         self._pager = Pager(config)
         self._launcher = Launcher(config, self._criu, self._events, self._pager)
-        self._lease_store: Ahead | None = None
         self._run: Run | None = None
         self._checkpointer: Checkpointer | None = None
         self._launching = threading.Lock()
@@ -122,10 +121,6 @@ class Manager:
             shim_listener = control.listen(directory / "shim.sock")
             control_listener = control.listen(directory / "manager.sock")
             self._point_link_at(directory)
-            # Each a connection of its own: one waits for no answer longer than a lease lasts.
-            self._lease_store = Ahead(
-                self._store_for_leases(), lambda store: store.get_record(self._job, "start")
-            )
             if inherited is None:
                 self._launcher.connect(self._job)
             threading.Thread(target=self._serve_shims, args=(shim_listener,), daemon=True).start()
@@ -319,8 +314,7 @@ class Manager:
         holding = self._holding = self._hold_lease(run)
         if run.epoch == 0:
             return
-        # The heartbeat uses it from when the turn has come.
-        store = self._store_of_leases()
+        store = self._launcher.store()
         if not self._launcher.when_store_answers(shim, lambda: holding.await_turn(store, lambda: shim.gone)):
             raise ShimGone("the job was ended while it waited for the run before it to have ended")
 
@@ -328,10 +322,6 @@ class Manager:
         scheduler = self._scheduler = None if self._standalone else _witness(self._config, self._mom)
         ask: Ask | None = None if scheduler is None else lambda: scheduler.job(self._job.job_id)
         return Holding(self._config.lease, self._lease(run), self._events, ask)
-
-    def _store_of_leases(self) -> Store:
-        assert self._lease_store is not None  # noqa: S101 - made before a shim is heard
-        return self._lease_store.store()
 
     def _store_for_leases(self) -> StoreConfig:
         """The store, of which nobody waits for an answer for longer than a lease lasts."""
@@ -439,7 +429,7 @@ class Manager:
     def _heartbeat(self) -> None:
         """Renew the lease, do what the mailbox asks for, ship events: for as long as the job runs."""
         fault = ""
-        with self._store_of_leases() as store:
+        with open_store(self._store_for_leases()) as store:
             while not self._finished.wait(self._config.lease.renew):
                 if not self._leased.is_set() or self._run is None:
                     continue

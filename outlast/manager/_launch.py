@@ -87,10 +87,16 @@ class Launcher:
         """Whether the job that was brought back has not all its memory yet."""
         return self._restorer.following is not None
 
+    def store(self) -> Store:
+        """Return the store that `launch` will use, connected already if there was time enough."""
+        if self._ahead is None:
+            self._ahead = Ahead(self._config.store, lambda _: None)
+        return self._ahead.store()
+
     def _open_store(self) -> Store:
-        """Return the store, which is connected already if there was time enough."""
-        ahead, self._ahead = self._ahead, None
-        return ahead.store() if ahead is not None else open_store(self._config.store)
+        """Return that store, which is the caller's from now on."""
+        store, self._ahead = self.store(), None
+        return store
 
     def launch(self, run: Run, shim: Shim) -> Capsule:
         """Have the job of *run* run in a capsule in the place of *shim*.
