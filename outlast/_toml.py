@@ -154,6 +154,12 @@ def _build(
 def _value(kind: type | types.UnionType, value: object, where: str) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if typing.get_origin(kind) is Mapping:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(
+            f"{where}: must be a table", hint="write a table of that name and its keys below it"
+        )
     if kind is bool and isinstance(value, bool):
         return value
     if kind in (int, float) and isinstance(value, str):

@@ -6,11 +6,12 @@ import dataclasses
 import re
 import socket
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from outlast._toml import Origins, load
+from outlast.policy import RestartPolicy, changed
 
 _SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)")
 DEFAULT_PATH = Path("/etc/outlast/outlast.toml")
@@ -62,6 +63,12 @@ class CheckpointConfig:
     scratch: str = "/tmp:/var/tmp:/dev/shm"  # noqa: S108 - where files are this node's own; "" for nowhere
     save_files: str = "256M"  # what a checkpoint holds at most of files there and of those written in place
     save_mapped: str = "4G"  # what it holds at most of files that are mapped for writing
+    node_mtbf: float = (
+        30 * 86400.0
+    )  # mean seconds between two failures of a node, until the site's own are seen
+    auto_least: float = 60.0  # bounds of the interval that --checkpoint=auto chooses
+    auto_most: float = 3600.0
+    uploads: int = 4  # jobs of a node that ship checkpoints at the same time; 0 for any number
     append_globs: str = ""  # files that jobs append to and close again, such as "*.log", of all jobs
 
     def __post_init__(self) -> None:
@@ -73,6 +80,14 @@ class CheckpointConfig:
             )
         if not (self.cpu_share == 0 or 0.01 <= self.cpu_share <= 1024):
             raise ValueError(f"cpu_share = {self.cpu_share:g}: must be 0, or 0.01 to 1024")
+        if not 600 <= self.node_mtbf <= 1e10:
+            raise ValueError(f"node_mtbf = {self.node_mtbf:g}: must be 600 seconds or more")
+        if not 1 <= self.auto_least <= self.auto_most <= 30 * 86400:
+            raise ValueError(
+                f"auto_least = {self.auto_least:g}: must be 1 second to auto_most, and that at most 30d"
+            )
+        if not 0 <= self.uploads <= 1024:
+            raise ValueError(f"uploads = {self.uploads}: must be 0 to 1024")
         if not 1 <= self.keep <= 1000:
             raise ValueError(f"keep = {self.keep}: must be 1 to 1000")
         if self.mode not in ("auto", "forked", "lazy", "plain"):
@@ -101,8 +116,29 @@ class RestartConfig:
     post_copy: str = "auto"  # or "on" or "off": whether a job runs before all its memory is fetched
     pages_wait: int = 60  # seconds that a job stands still for a page while the store does not answer
     when_unrestorable: str = "hold"  # or "fresh": what becomes of a job none of whose checkpoints can be used
+    on_node_failure: bool = RestartPolicy.on_node_failure  # this and the next four: outlast/policy.py
+    on_crash: str = RestartPolicy.on_crash
+    budget: int = RestartPolicy.budget
+    backoff: float = RestartPolicy.backoff
+    when_repeating: str = RestartPolicy.when_repeating
+    # The same five keys for jobs of one partition: [restart.partition.NAME].
+    partition: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
+
+    def policy(self, partition: str = "", choice: Mapping[str, object] | None = None) -> RestartPolicy:
+        """Return the policy for a job in *partition* whose owner chose *choice*: what is narrower counts."""
+        keys = [field.name for field in dataclasses.fields(RestartPolicy)]
+        site = RestartPolicy(**{key: getattr(self, key) for key in keys})
+        return changed(changed(site, self.partition.get(partition, {})), choice or {})
 
     def __post_init__(self) -> None:
+        self.policy()
+        for name, values in self.partition.items():
+            try:
+                if not isinstance(values, Mapping):
+                    raise ValueError("must be a table")
+                self.policy(name)
+            except ValueError as error:
+                raise ValueError(f"partition {name}: {error}") from None
         if self.when_unrestorable not in ("hold", "fresh"):
             raise ValueError(f'when_unrestorable = "{self.when_unrestorable}": must be "hold" or "fresh"')
         if self.post_copy not in ("auto", "on", "off"):
@@ -143,12 +179,15 @@ class WatcherConfig:
     silent: float = 2.0  # seconds without a heartbeat until a node that does not answer either is dead
     mark_down: bool = True  # tell the scheduler at once that a node is dead
     exclude: int = 300  # seconds for which a job is kept away from the node that it was lost on
+    takeover: float = 3.0  # seconds without a beat of the watcher that acts until another takes over
     socket: Path = Path("/run/outlast/watcher.sock")
     metrics: str = ""  # "HOST:PORT" to be asked at for figures over HTTP; "" for nowhere
 
     def __post_init__(self) -> None:
         if self.metrics and not re.fullmatch(r"\S+:[0-9]{1,5}", self.metrics):
             raise ValueError(f'metrics = "{self.metrics}": must be an address and a port: "127.0.0.1:9469"')
+        if not 1 <= self.takeover <= 3600:
+            raise ValueError(f"takeover = {self.takeover:g}: must be 1 to 3600 seconds")
 
 
 @dataclasses.dataclass(frozen=True)

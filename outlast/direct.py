@@ -65,6 +65,18 @@ class NoScheduler:
         """Refuse."""
         raise SchedulerRefused(f"job {handle}: there is no scheduler to run it again")
 
+    def requeue_hold(self, handle: str) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"job {handle}: there is no scheduler to run it again")
+
+    def hold(self, handle: str) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"job {handle}: there is no scheduler to hold it")
+
+    def delay(self, handle: str, seconds: float) -> None:
+        """Refuse."""
+        raise SchedulerRefused(f"job {handle}: there is no scheduler to put it off for {seconds:.0f} s")
+
     def mark_down(self, nodes: Sequence[str], reason: str) -> None:
         """Refuse."""
         raise SchedulerRefused(f"node {', '.join(nodes)}: there is no scheduler to mark it down ({reason})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -23,6 +24,8 @@ _READY_SECONDS = 10.0
 # MoM ends an action that takes longer than mom_priv/config says; this is only not to wait for ever.
 _ACTION_SECONDS = 3600.0
 _TELL_SECONDS = 2.0
+# systemd gives a unit 90 s to stop, unless told otherwise (DefaultTimeoutStopSec).
+_NODE_STOP_SECONDS = 80.0
 
 # A manager that has lived for so long could start, whatever it died of.
 _GOOD_LIFE_SECONDS = 60
@@ -102,6 +105,19 @@ def _ended(config: Path) -> None:
     control.call(path, {"op": "ended", **facts}, timeout=_TELL_SECONDS)
 
 
+def _node_stop(_config: Path) -> None:
+    """Have all jobs of this node saved and queued for other nodes, since it is shut down; wait until they are."""
+    deadline = time.monotonic() + _NODE_STOP_SECONDS
+    told = []
+    for path in sorted(_RUNTIME.glob("*/manager.sock")):
+        if path.parent.is_symlink():  # each manager has one link, by its job's name
+            with contextlib.suppress(OutlastError):
+                control.call(path, {"op": "leave"}, timeout=_TELL_SECONDS)
+                told.append(path)
+    while any(path.exists() for path in told) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def _pbs_launch(config: Path) -> None:
     """Start the manager of the job whose script MoM is about to start on this host."""
     job_id, uid = _variable("OUTLAST_JOB_ID"), _variable("OUTLAST_JOB_UID")
@@ -170,6 +186,7 @@ HOOKS: Mapping[str, Callable[[Path], None]] = {
     "prolog": _prolog,
     "epilog": _epilog,
     "ended": _ended,
+    "node-stop": _node_stop,
     "pbs-launch": _pbs_launch,
     "pbs-end": _pbs_end,
     "pbs-checkpoint": _pbs_checkpoint,

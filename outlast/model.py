@@ -14,6 +14,11 @@ _INTERVAL = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST_INTERVAL = 30 * 86400
 
+# In the place of an interval: Outlast chooses it.
+AUTO = "auto"
+# In the place of a job's id: what concerns all jobs of a cluster.
+SITE = "_site"
+
 _CHECKPOINT_NAME = re.compile(r"(?P<job>[^@/]+)@(?P<epoch>[0-9]+)\.(?P<seq>[0-9]+)")
 
 
@@ -33,6 +38,20 @@ def parse_interval(text: str) -> int:
             hint="write a whole number and a unit: 30s, 10m, 1h or 2d",
         )
     return seconds
+
+
+def parse_pace(text: str) -> int | None:
+    """Return the seconds between two checkpoints that *text* asks for, or None where it is `auto`.
+
+    Raises:
+        UsageError: it is neither that nor what `parse_interval` reads.
+    """
+    if text == AUTO:
+        return None
+    try:
+        return parse_interval(text)
+    except UsageError as error:
+        raise UsageError(str(error), hint=f"{error.hint}; or auto") from None
 
 
 @dataclass(frozen=True, order=True)
@@ -122,6 +141,20 @@ class Lease:
         """Whether it is a fence that keeps nobody out any more."""
         return self.node == LIFTED_NODE
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody holds it, since the run ended by itself and not well: the watcher is to look into it."""
+        return self.node == ENDED_NODE
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a manager renews it."""
+        return not self.is_fence and not self.has_ended
+
+    def ended(self) -> Lease:
+        """Return what stands in the place of this lease when its run has crashed."""
+        return Lease(self.job, self.epoch, ENDED_NODE, self.uid)
+
     def fence(self) -> Lease:
         """Return the fence between this run and the next."""
         return Lease(self.job, self.epoch + 1, FENCE_NODE, self.uid)
@@ -131,9 +164,29 @@ class Lease:
         return Lease(self.job, self.epoch, LIFTED_NODE, self.uid)
 
 
-# No host is called so: a lease of such a node is a fence.
+# No host is called so: a lease of one of the first two is a fence.
 FENCE_NODE = "_"
 LIFTED_NODE = "_lifted"
+ENDED_NODE = "_ended"
+
+
+@dataclass(frozen=True)
+class Crash:
+    """How one run of a job ended that ended by itself, and not well.
+
+    *status* is as Python writes it (-11: SIGSEGV), or None where all of it was killed at once. *source* is the
+    checkpoint that the run went on from, None where it began from the start. *place* tells how far the job had
+    come: for how many seconds it had computed, not counting what was lost and done again.
+    """
+
+    epoch: int
+    status: int | None
+    asked: bool  # somebody had sent it a signal to end it
+    node: str
+    time: float  # Unix time, the node's clock
+    source: CheckpointId | None = None
+    began: float = 0.0  # *place* when this run began
+    place: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +208,8 @@ class SchedulerJob:
     *epoch* is the restart count, *excluded* the nodes that the job must not have, *required* those that it
     must have. *begin* is before when a pending job must not start (Unix time; 0 where there is no such time),
     *end* when a running one must have ended. *handle* is what the scheduler's commands call this one job: an
-    array's first task shares its id with the whole array, so there it is `17_1`.
+    array's first task shares its id with the whole array, so there it is `17_1`. *partition* is that of a running
+    job, or the first that a pending one may have. *preempted*: it was told to make room.
     """
 
     job_id: str
@@ -171,6 +225,8 @@ class SchedulerJob:
     handle: str = ""
     begin: float = 0.0
     end: float = 0.0
+    partition: str = ""
+    preempted: bool = False
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,15 @@ class _Cluster:
     def requeue(self, handle: str) -> None:
         raise NotImplementedError(handle)
 
+    def requeue_hold(self, handle: str) -> None:
+        raise NotImplementedError(handle)
+
+    def hold(self, handle: str) -> None:
+        raise NotImplementedError(handle)
+
+    def delay(self, handle: str, seconds: float) -> None:
+        raise NotImplementedError(handle, seconds)
+
     def require(self, handle: str, node: str) -> None:
         raise NotImplementedError(handle, node)
 
@@ -156,7 +165,7 @@ class _Cluster:
 def _measure(jobs: int, nodes: int, die: int) -> dict[str, float]:
     # Not above: what runs the benchmarks has the standard library only.
     from outlast.store import open_store
-    from outlast.watcher.decisions import MarkDown
+    from outlast.watcher.actions import MarkDown
     from outlast.watcher.loop import Loop
 
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from pathlib import Path
 from outlast import terminal
 from outlast.cli._common import AddVerb, config_of, print_json, with_json
 from outlast.errors import ConfigError, OutlastError, UsageError
-from outlast.model import JobKey, parse_checkpoint_name, parse_interval
+from outlast.model import JobKey, parse_checkpoint_name, parse_pace
 
 
 def add(verb: AddVerb) -> None:
@@ -23,11 +23,11 @@ def add(verb: AddVerb) -> None:
     )
     sub.add_argument("--name", help="the name of the job that it becomes")
     sub.add_argument(
-        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
+        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h; or auto"
     )
     sub = with_json(verb("run", _run))
     sub.add_argument(
-        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h"
+        "--interval", default="10m", metavar="TIME", help="time between checkpoints: 30s, 10m, 1h; or auto"
     )
     sub.add_argument("--name", help="the job's name, under which it goes on when it is run again")
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGUMENT...]")
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise UsageError("run: no command", hint="write outlast run --interval 30s -- COMMAND")
-    parse_interval(args.interval)
+    parse_pace(args.interval)
     if os.geteuid() != 0:
         raise UsageError("run: CRIU needs root", hint="run it with sudo")
     config = config_of(args)
@@ -91,7 +91,7 @@ def _recover(args: argparse.Namespace) -> None:
     """Start a checkpoint on this machine, as its owner, and go on taking checkpoints. Needs root, as CRIU does."""
     from outlast import foreign, hooks
 
-    parse_interval(args.interval)
+    parse_pace(args.interval)
     if os.geteuid() != 0:
         raise UsageError("recover: CRIU needs root", hint="run it with sudo")
     config = config_of(args)

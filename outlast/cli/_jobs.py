@@ -49,6 +49,11 @@ def add(verb: AddVerb) -> None:
             sub.add_argument("--to", metavar="NODE", help="this node; else the scheduler chooses")
     sub = with_json(verb("restart", _restart))
     sub.add_argument("job", metavar="JOB|CHECKPOINT", help="17, or 17@0.4 for an older checkpoint")
+    sub = with_json(verb("policy", _policy))
+    sub.add_argument("job", metavar="JOB", help="the scheduler's id of the job, such as 17")
+    sub.add_argument(
+        "choice", metavar="KEY=VALUE", nargs="*", help="such as budget=3; none: the site's policy"
+    )
     sub = with_json(verb("drain", _drain))
     sub.add_argument("node", metavar="NODE")
     sub.add_argument("--wait", action="store_true", help="until all of them have left it")
@@ -72,10 +77,17 @@ def _status(args: argparse.Namespace) -> None:
             job["checkpoints"],
             age(job["newest"]["created"]) if job["newest"] else "-",
             milliseconds(job["newest"]["pause_ms"]) if job["newest"] else "-",
+            _interval(job),
         )
         for job in jobs
     ]
-    print_table(("JOB", "NAME", "STATE", "NODE", "RESTARTS", "CKPTS", "NEWEST", "PAUSE"), rows)
+    print_table(("JOB", "NAME", "STATE", "NODE", "RESTARTS", "CKPTS", "NEWEST", "PAUSE", "INTERVAL"), rows)
+
+
+def _interval(job: Mapping[str, Any]) -> str:
+    if not job.get("interval"):
+        return "-"
+    return f"{job['interval']}s" + (" (auto)" if job["auto"] else "")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -221,6 +233,14 @@ def _restart(args: argparse.Namespace) -> None:
         name, job = job, parse_checkpoint_name(job)[0]
     chosen = ask(args, {"op": "restart", "job": job, "checkpoint": name})["checkpoint"]
     print_json({"job": job, "checkpoint": chosen}) if args.json else print(chosen)
+
+
+def _policy(args: argparse.Namespace) -> None:
+    """Choose after which ends a job is run again; docs/use.md has the keys."""
+    text = " ".join(args.choice)
+    ask(args, {"op": "policy", "job": args.job, "text": text})
+    if args.json:
+        print_json({"job": args.job, "policy": text})
 
 
 def _drain(args: argparse.Namespace) -> None:

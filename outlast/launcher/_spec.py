@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from outlast.errors import UsageError
-from outlast.model import parse_interval
+from outlast.model import parse_pace
 
 _LONGEST_SCRIPT = 1 << 20  # characters
 _LONGEST_WORD = 255
@@ -180,7 +180,7 @@ def _bad_cpus(value: str) -> str | None:
 
 def _bad_interval(value: str) -> str | None:
     try:
-        parse_interval(value)
+        parse_pace(value)
     except UsageError as error:
         return error.hint
     return None

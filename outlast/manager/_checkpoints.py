@@ -19,6 +19,7 @@ from outlast.manager._cpu import features
 from outlast.manager._events import EventLog
 from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
+from outlast.manager._interval import Pace, UploadTurns, phase
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
 from outlast.manager._pace import paced
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 30.0
 _ENDING_SECONDS = 0.5
+_TURN_SECONDS = 0.25
 # How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
 _TAKE_SECONDS = 3600.0
 _LONGEST_WAIT_SECONDS = 86400.0
@@ -63,12 +65,15 @@ class Checkpointer:
         self._launcher = launcher
         self._events = events
         self._modes = Modes(config.checkpoint.mode, criu, events)
+        self._pace = Pace(config.checkpoint, run, events)
+        self._turns = UploadTurns(run.directory.parent.with_name("uploads"), config.checkpoint.uploads)
         self.findings = Findings(run, events, say)
         self._wake = threading.Condition()
         self._asked = 0
         self._done = 0
         self._answered = 0  # as many of those that asked have had their checkpoint, or its failure
         self._stopped = False
+        self._urgent = False  # somebody waits for the checkpoint that is due
         self._began = 0.0  # when the newest checkpoint, or the job, did
         self._ended = False
         self._told = False
@@ -78,7 +83,7 @@ class Checkpointer:
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
 
     def start(self) -> None:
-        """Begin; the first checkpoint is due one interval from now."""
+        """Begin; the first checkpoint is due in one interval, or with a long one in a part of it."""
         self._modes.prepare()
         self.findings.begin()
         self._thread.start()
@@ -110,6 +115,7 @@ class Checkpointer:
             "interval", f"every {seconds} s from now on" if seconds else "only when asked from now on"
         )
         with self._wake:
+            self._run.auto = False
             self._run.interval = seconds
             self._run.save()
             self._began = time.monotonic()
@@ -127,7 +133,8 @@ class Checkpointer:
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
-        self._began = time.monotonic()
+        run = self._run
+        self._began = time.monotonic() - phase(run.job, run.epoch, 0 if run.auto else run.interval)
         lock = os.open(self._run.directory / "criu.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
@@ -138,10 +145,20 @@ class Checkpointer:
                         # What stands still would be restored standing still. Its time comes when it goes on.
                         self._fail_while_frozen()
                         continue
-                    self._began = time.monotonic()
-                    self._checkpoint(store, lock, self._began + (self._run.interval or _LONGEST_WAIT_SECONDS))
-                    took = time.monotonic() - self._began
+                    turn = self._await_upload_turn()
+                    try:
+                        self._began = time.monotonic()
+                        before = self.newest
+                        self._checkpoint(
+                            store, lock, self._began + (self._run.interval or _LONGEST_WAIT_SECONDS)
+                        )
+                        took = time.monotonic() - self._began
+                    finally:
+                        if turn is not None:
+                            os.close(turn)
                     self.seconds = max(took, self.seconds * _FADING)
+                    if self.newest is not None and self.newest is not before:
+                        self._pace.learn(store, self.newest.meta["pause_ms"] / 1000, took)
                     # A job whose checkpoints take longer than its interval must get on all the same.
                     self._began = max(self._began, time.monotonic() - self._run.interval / 2)
                     with self._wake:
@@ -152,6 +169,17 @@ class Checkpointer:
             with self._wake:
                 self._stopped = True
                 self._wake.notify_all()
+
+    def _await_upload_turn(self) -> int | None:
+        """Wait until this node's other jobs leave room to ship a checkpoint; who was asked for one does not wait."""
+        while self._turns.limited and not self._urgent:
+            if (turn := self._turns.take()) is not None:
+                return turn
+            with self._wake:
+                if self._ended or self._asked != self._done:
+                    break
+                self._wake.wait(_TURN_SECONDS)
+        return None
 
     def _fail_while_frozen(self) -> None:
         self.last_error = "the job stands still, since its lease could not be renewed"
@@ -166,6 +194,7 @@ class Checkpointer:
         with self._wake:
             while not self._ended and self._asked == self._done and (left := self._left()) > 0:
                 self._wake.wait(left)
+            self._urgent = self._asked != self._done
             self._done = self._asked
             return not self._ended
 
@@ -253,6 +282,9 @@ class Checkpointer:
             "epoch": run.epoch,
             "seq": run.seq,
             "time": time.time(),
+            "place": run.place,
+            "interval": run.interval,
+            "auto": run.auto,
             "uid": run.uid,
             "argv": run.argv,
             "pause_ms": round(result.pause * 1000, 3),

@@ -38,7 +38,7 @@ from outlast.manager._mom import HELD, Mom, MomMover
 from outlast.manager._pager import Pager, await_pages, read_progress
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim, ShimGone
-from outlast.model import JobKey, JobState, Lease, parse_interval
+from outlast.model import JobKey, JobState, Lease, parse_pace
 from outlast.scheduler import Witness
 from outlast.scheduler.pbs import PbsScheduler
 from outlast.scheduler.slurm import SlurmScheduler
@@ -276,7 +276,9 @@ class Manager:
     def _launch(self, shim: Shim) -> None:
         if self._uid is not None and shim.peer.uid != self._uid:
             raise UsageError(f"the job is of user {self._uid}, not of user {shim.peer.uid}")
-        interval = parse_interval(shim.interval)
+        chosen = parse_pace(shim.interval)
+        # With `auto`, the first checkpoint comes soon, to learn what it costs.
+        interval = chosen or round(self._config.checkpoint.auto_least)
         self._criu.version()
         epoch = epoch_of(shim.environment)
         if self._standalone and not self._first:
@@ -285,6 +287,7 @@ class Manager:
         self._await_predecessor(shim)
         self._events.epoch = epoch
         run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
+        run.auto = chosen is None
         run.mom = self._mom
         run.shim_pid = shim.peer.pid
         run.workdir = os.readlink(f"/proc/{run.shim_pid}/cwd")  # noqa: PTH115
@@ -384,12 +387,13 @@ class Manager:
         """The job has ended: with code *status*, by signal -*status*, or (None) killed with its capsule."""
         checkpointer = self._checkpointer
         self._taken_over.set()  # nobody waits for it any more
+        place = {} if self._run is None else self._run.progress()
         if status is None:
-            self._events.add("killed", "the job was ended with its capsule")
+            self._events.add("killed", "the job was ended with its capsule", **place)
         else:
             how = f"by signal {-status}" if status < 0 else f"with exit code {status}"
             why = ", having been asked to" if asked else ""
-            self._events.add("ended", f"the job ended {how}{why}", status=status, asked=asked)
+            self._events.add("ended", f"the job ended {how}{why}", status=status, asked=asked, **place)
         if checkpointer is not None:
             checkpointer.finish()
             # The work is done, and its last checkpoint of no more use; a restart may follow another end.
@@ -416,6 +420,10 @@ class Manager:
                         store.put_record(self._job, "ended", end)
                     if status == 0:
                         store.forget(self._job, 1)
+                    self._events.flush(store)
+                    if status != 0 and not self._standalone and run.mom is None:
+                        # The watcher is to look into how the run ended, which the events tell.
+                        store.renew_lease(self._lease(run).ended())
                     store.drop_lease(self._lease(run))
                 self._events.flush(store)
         except OutlastError as error:
@@ -466,6 +474,8 @@ class Manager:
             elif request.get("op") == "restart" and self._leaving is not None:
                 remember_choice(store, self._job, request, run.epoch + 1)
                 self._leaving.start(f"user {request.get('uid')} had it restarted", save=False)
+            elif request.get("op") == "leave" and self._leaving is not None:
+                self._leaving.start(str(request.get("why")))
             elif request.get("op") == "interval":
                 self._checkpointer.set_interval(int(request["seconds"]))
         self._events.flush(store)
@@ -514,6 +524,11 @@ class Manager:
             return {"findings": [as_dictionary(one) for one in found]}
         if operation == "hold" and peer.uid == 0:
             return self._hold()
+        if operation == "leave" and peer.uid == 0:
+            if self._leaving is None:
+                raise UsageError(f"job {self._job.job_id}: does not run here, or nobody can queue it again")
+            self._leaving.start("the node is shut down", away=True)
+            return {}
         if operation == "job-ended" and peer.uid == 0:
             self._job_over.set()
             if self._mom is not None and self._run is not None and self._run.capsule is not None:

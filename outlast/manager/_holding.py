@@ -89,7 +89,9 @@ def _is_in_the_way(lease: Lease, mine: Lease) -> bool:
     A fence speaks for the run that it was put up before, and for no later one: by then the run before it may not
     have stopped yet, and the run that it let begin may have done so.
     """
-    return lease != mine and lease.epoch <= mine.epoch and not (lease.is_fence and lease.epoch == mine.epoch)
+    if lease == mine or lease.has_ended or lease.epoch > mine.epoch:
+        return False
+    return not (lease.is_fence and lease.epoch == mine.epoch)
 
 
 class Holding:

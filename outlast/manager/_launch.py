@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule, warm_up
 from outlast.config import Config, StoreConfig
-from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable
+from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable, UsageError
 from outlast.manager._calls import VARIABLE
 from outlast.manager._cpu import UnfitNode
 from outlast.manager._events import EventLog
@@ -23,12 +23,16 @@ from outlast.manager._run import Run
 from outlast.manager._saving import declared
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import Checkpoint, CheckpointId, JobKey
+from outlast.policy import parse_choice
 from outlast.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 2.0
 _END_SECONDS = 10.0
+
+# By which a job's owner chooses of which ends it is run again: docs/use.md.
+RESTART_VARIABLE = "OUTLAST_RESTART"
 
 T = TypeVar("T")
 
@@ -147,6 +151,17 @@ class Launcher:
         self._settle_soon(run, shim)
         return self._start(run, shim)
 
+    def _choice(self, shim: Shim) -> str:
+        """Return the restart policy that the job's owner chose for it, or "" where it cannot be used."""
+        text = shim.environment.get(RESTART_VARIABLE, "")
+        try:
+            parse_choice(text)
+        except UsageError as error:
+            self._events.add("restart-policy", f"${RESTART_VARIABLE}: {error}")
+            shim.say(f"${RESTART_VARIABLE}: {error}; the site's policy holds")
+            return ""
+        return text
+
     def _declared(self, run: Run) -> list[dict[str, Any]]:
         """Return what `declared` does; that a job starts is worth more than what it says of its files."""
         try:
@@ -186,8 +201,10 @@ class Launcher:
         environment = {**shim.environment, VARIABLE: str(run.directory.with_name(run.job.job_id))}
         compatible = shim.environment.get("OUTLAST_FILTER") != "off"
         capsule = start_capsule(shim.context, run.argv, environment, run.directory, compat_filter=compatible)
+        run.goes_on_from(None, 0.0)
         # The log can be read on the store's machine, so it does not tell the arguments.
-        self._events.add("started", Path(run.argv[0]).name, interval=run.interval)
+        facts = {"interval": run.interval, "restart": self._choice(shim)}
+        self._events.add("started", Path(run.argv[0]).name, **facts)
         return capsule
 
     def when_store_answers(self, shim: Shim, act: Callable[[], T]) -> T:
@@ -311,6 +328,8 @@ def _wanted(checkpoints: list[Checkpoint], chosen: Mapping[str, Any] | None) -> 
     """Leave out what is newer than the checkpoint from which somebody had the job restarted, but not newer runs'."""
     if chosen is None:
         return checkpoints
+    if chosen["checkpoint"] is None:  # it was to begin again
+        return [one for one in checkpoints if one.id.epoch >= chosen["run"]]
     newest = CheckpointId(*chosen["checkpoint"])
     return [one for one in checkpoints if one.id <= newest or one.id.epoch >= chosen["run"]]
 

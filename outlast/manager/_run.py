@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from criu_backend import Capsule
+from outlast.manager._guard import boottime
 from outlast.manager._mom import Mom
-from outlast.model import JobKey
+from outlast.model import CheckpointId, JobKey
 
 # Where the managers' own logs are, for the operator.
 LOGS = Path("/var/log/outlast/jobs")
@@ -36,6 +37,24 @@ class Run:
     workdir: str = ""
     pager: int | None = None  # PID of the process that gives the job its pages, while some are to come
     globs: list[str] = field(default_factory=list)  # of files below it that the job appends to and closes
+    auto: bool = False  # *interval* is chosen anew after each checkpoint
+    source: CheckpointId | None = None  # where this run went on, None for the job's start
+    begun: tuple[float, float] = (0.0, 0.0)  # `place` then, and when that was (boottime)
+
+    def goes_on_from(self, source: CheckpointId | None, place: float) -> None:
+        """The job computes from now on, from *source*; it had come to *place* there."""
+        self.source, self.begun = source, (place, boottime())
+
+    @property
+    def place(self) -> float:
+        """For how many seconds the job has computed, in this run and those that it goes on from."""
+        place, since = self.begun
+        return round(place + boottime() - since, 3)
+
+    def progress(self) -> dict[str, Any]:
+        """Return what the event of this run's end tells of how far the job has come: see `model.Crash`."""
+        source = None if self.source is None else [self.source.epoch, self.source.seq]
+        return {"source": source, "began": self.begun[0], "place": self.place}
 
     def save(self) -> None:
         """Write down what another manager needs to take over, should this one die."""
@@ -53,6 +72,9 @@ class Run:
             "workdir": self.workdir,
             "globs": self.globs,
             "pager": self.pager,
+            "auto": self.auto,
+            "source": self.source and [self.source.epoch, self.source.seq],
+            "begun": self.begun,
         }
         part = self.directory / "state.new"
         part.touch(mode=0o600)
@@ -81,6 +103,9 @@ class Run:
             workdir=state["workdir"],
             globs=state["globs"],
             pager=state["pager"],
+            auto=state["auto"],
+            source=state["source"] and CheckpointId(*state["source"]),
+            begun=tuple(state["begun"]),
         )
 
 

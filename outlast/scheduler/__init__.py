@@ -58,6 +58,15 @@ class Scheduler(Protocol):
     def require(self, handle: str, node: str) -> None:
         """Have a pending job start on *node* alone, or with "" anywhere."""
 
+    def requeue_hold(self, handle: str) -> None:
+        """Queue a running or an ended job again under its own id, and hold it."""
+
+    def hold(self, handle: str) -> None:
+        """Keep a pending job from being started before it is released."""
+
+    def delay(self, handle: str, seconds: float) -> None:
+        """Keep a pending job from being started for *seconds*."""
+
     def release(self, handle: str) -> None:
         """Let a job that is held run."""
 

@@ -118,6 +118,18 @@ class PbsScheduler:
         if row is not None:
             self._run(pbs.select_command(handle, pbs.bound(str(pbs.resources(row)["select"]), node)))
 
+    def requeue_hold(self, handle: str) -> None:
+        """See `Scheduler.requeue_hold`."""
+        raise SchedulerRefused(f"hold the job with PBS's own command: qhold {handle}")
+
+    def hold(self, handle: str) -> None:
+        """See `Scheduler.hold`."""
+        raise SchedulerRefused(f"hold the job with PBS's own command: qhold {handle}")
+
+    def delay(self, handle: str, seconds: float) -> None:
+        """See `Scheduler.delay`."""
+        raise SchedulerRefused(f"put the job off with PBS's own command: qalter -a TIME {handle}")
+
     def release(self, handle: str) -> None:
         """See `Scheduler.release`."""
         self._run(pbs.release_command(handle, "u"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -14,13 +13,11 @@ from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobState, SchedulerJob, SchedulerNode
 from outlast.scheduler import SchedulerRefused
 from outlast.scheduler._command import ask
+from outlast.scheduler.hostlist import expand
 
 _T = TypeVar("_T")
 
 COMMAND_SECONDS = 10.0
-
-# One item of a list of nodes: commas inside its brackets do not end it.
-_HOSTS = r"(?:[^][,]|\[[^][]+\])+"
 
 # Source of the names: Slurm 24.11, src/plugins/data_parser/v0.0.42/parsers.c, PARSER_FLAG_ARRAY(JOB_STATE);
 # of their meaning: squeue(1), "JOB STATE CODES". A job is in exactly one of these.
@@ -118,6 +115,16 @@ def requeue_hold_command(handle: str) -> list[str]:
     return ["scontrol", "requeuehold", handle]
 
 
+def hold_command(handle: str) -> list[str]:
+    """Keep a pending job from being started before it is released."""
+    return ["scontrol", "hold", handle]
+
+
+def delay_command(handle: str, seconds: float) -> list[str]:
+    """Keep a pending job from being started for so long."""
+    return ["scontrol", "update", f"JobId={handle}", f"StartTime=now+{max(1, round(seconds))}seconds"]
+
+
 def release_command(handle: str) -> list[str]:
     """Let a job that is held run."""
     return ["scontrol", "release", handle]
@@ -182,25 +189,6 @@ def parse_nodes(output: str) -> tuple[SchedulerNode, ...]:
     return tuple(_each(output, "nodes", "scontrol", _node))
 
 
-def expand(hostlist: str) -> tuple[str, ...]:
-    """Return the names that Slurm's short form means: `n[1-2,07],x` is n1, n2, n07 and x.
-
-    Raises:
-        OutlastError: *hostlist* is no such form.
-
-    Source:
-        scontrol(1), "show hostlist"; a width given by leading zeros is kept.
-    """
-    names: list[str] = []
-    if hostlist and not re.fullmatch(f"{_HOSTS}(?:,{_HOSTS})*", hostlist):
-        raise OutlastError(f"{hostlist!r}: not a list of nodes")
-    for hosts in re.findall(_HOSTS, hostlist):
-        pieces = enumerate(re.split(r"\[(.*?)\]", hosts))
-        choices = [list(_numbers(text, hostlist)) if i % 2 else [text] for i, text in pieces]
-        names += ("".join(choice) for choice in itertools.product(*choices))
-    return tuple(names)
-
-
 class SlurmScheduler:
     """The cluster that this machine's slurm.conf names. See `outlast.scheduler.Scheduler`."""
 
@@ -230,8 +218,16 @@ class SlurmScheduler:
         self._run(requeue_command(handle))
 
     def requeue_hold(self, handle: str) -> None:
-        """Queue a job again under its own id, and hold it."""
+        """See `Scheduler.requeue_hold`."""
         self._run(requeue_hold_command(handle))
+
+    def hold(self, handle: str) -> None:
+        """See `Scheduler.hold`."""
+        self._run(hold_command(handle))
+
+    def delay(self, handle: str, seconds: float) -> None:
+        """See `Scheduler.delay`."""
+        self._run(delay_command(handle, seconds))
 
     def release(self, handle: str) -> None:
         """See `Scheduler.release`."""
@@ -322,6 +318,8 @@ def _job(row: dict[str, Any]) -> SchedulerJob:
         handle=f"{array}_{task}" if array and task is not None else job_id,
         begin=float(_number(row.get("eligible_time")) or 0),
         end=float(_number(row.get("end_time")) or 0),
+        preempted=bool(_number(row.get("preempt_time"))),
+        partition=str(row.get("partition") or "").partition(",")[0],
     )
 
 
@@ -379,13 +377,3 @@ def _hosts(value: object) -> tuple[str, ...]:
     if isinstance(value, list):
         return tuple(name for part in value for name in expand(part))
     return expand(value) if isinstance(value, str) else ()
-
-
-def _numbers(ranges: str, hostlist: str) -> Iterable[str]:
-    for part in ranges.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
-        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
-        if int(first) > int(last):
-            raise OutlastError(f"{hostlist!r}: not a list of nodes")
-        for number in range(int(first), int(last) + 1):
-            yield str(number).zfill(len(first))

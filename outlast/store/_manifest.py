@@ -22,7 +22,7 @@ VERSION = 1
 LARGEST_BODY = 1 << 30  # bytes, unpacked: some 90 million runs
 
 # What the header tells without a key: enough to list checkpoints, nothing of what the job does.
-PUBLIC = ("node", "epoch", "seq", "time", "uid", "pause_ms", "criu", "mode")
+PUBLIC = ("node", "epoch", "seq", "time", "uid", "pause_ms", "criu", "mode", "interval", "auto")
 
 _SIZES = struct.Struct("<QQQQ")  # bytes of JSON; spaces, runs, frames
 _PACK_NAME = re.compile(r"[0-9]+-[0-9]+-[0-9]+-[0-9a-f]{12}")

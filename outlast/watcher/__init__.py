@@ -5,6 +5,7 @@ It touches no process and opens no image. It may be ended and started at any tim
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
@@ -23,6 +24,7 @@ from outlast.store import open_store
 from outlast.watcher.answers import Desk
 from outlast.watcher.figures import Figures
 from outlast.watcher.loop import Loop, Wake
+from outlast.watcher.turns import Turn
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,13 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     path = config.watcher.socket
     try:
-        with open_store(config.store) as store:
-            loop = Loop(config, scheduler, store)
+        with open_store(config.store) as store, open_store(config.store) as store_of_turn:
+            turn = Turn(store_of_turn, config.cluster, config.watcher.takeover)
+            over = threading.Event()
+            pace = min(config.watcher.cycle, config.watcher.takeover / 6)
+            keeping = threading.Thread(target=turn.keep, args=(over, pace, wake.set), daemon=True)
+            keeping.start()
+            loop = Loop(config, scheduler, store, may_act=turn.may_act)
             desk = Desk(config, scheduler, leases=lambda: loop.leases, wake=wake.set)
             path.parent.mkdir(parents=True, exist_ok=True)
             listener = control.listen(path)
@@ -56,9 +63,13 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
             stop_serving = _serve_figures(config.watcher.metrics, figures)
             log.info("watching cluster %s; requests at %s", config.cluster, path)
             try:
-                _watch(loop, wake, ending, config.watcher.cycle, figures)
+                _watch(loop, turn, wake, ending, config.watcher.cycle, figures)
             finally:
                 stop_serving()
+                over.set()
+                keeping.join(config.store.timeout)
+                with contextlib.suppress(OutlastError):
+                    turn.give_up()
                 path.unlink(missing_ok=True)
                 listener.close()
                 desk.close()
@@ -78,13 +89,17 @@ def _serve_figures(address: str, figures: Figures) -> Callable[[], None]:
         raise ConfigError(f"{address}: {error.strerror}", hint=hint) from None
 
 
-def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float, figures: Figures) -> None:
+def _watch(loop: Loop, turn: Turn, wake: Wake, ending: list[int], seconds: float, figures: Figures) -> None:
     woken = False
     fault = ""
     while not ending:
         began = time.monotonic()
         try:
-            loop.cycle(look=woken)
+            if turn.may_act():
+                loop.cycle(look=woken)
+                woken = False
+            else:
+                loop.stand_by()
         except OutlastError as error:
             # A fault lasts for many cycles: it is told when it begins, when it changes and when it ends.
             if str(error) != fault:
@@ -99,4 +114,5 @@ def _watch(loop: Loop, wake: Wake, ending: list[int], seconds: float, figures: F
                 log.info("store and scheduler answer again")
             fault = ""
         figures.count(time.monotonic() - began, faulty=bool(fault))
-        woken = wake.wait(began + seconds - time.monotonic())
+        # What this watcher was told while it stood by it looks after when it acts.
+        woken |= wake.wait(began + seconds - time.monotonic())

@@ -14,9 +14,10 @@ from outlast.config import Config
 from outlast.control import Peer
 from outlast.errors import UsageError
 from outlast.model import Checkpoint, JobKey, JobState, LeaseView, SchedulerJob
+from outlast.policy import parse_choice
 from outlast.scheduler import Scheduler, SchedulerUnavailable
 from outlast.store import Store, open_store
-from outlast.watcher.decisions import BOUND
+from outlast.watcher.actions import BOUND, POLICY
 from outlast.watcher.loop import STREAM
 
 # Connections to the store that are kept open between requests.
@@ -67,6 +68,8 @@ class Desk:
                 return self._release(peer, request)
             case "restart":
                 return self._restart(peer, request)
+            case "policy":
+                return self._policy(peer, request)
             case "drain":
                 return self._drain(peer, request)
             case "interval":
@@ -199,6 +202,15 @@ class Desk:
             if known.state not in (JobState.PENDING, JobState.RUNNING):
                 self._scheduler.requeue(known.handle)
         return {"checkpoint": chosen_name}
+
+    def _policy(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Change of which ends a job is run again."""
+        text = str(request.get("text", ""))
+        parse_choice(text)
+        with self._store() as store:
+            job = self._job_of(peer, request, store)
+            _record(store, job, POLICY, 0, text, f"user {peer.uid} chose {text or 'what the site has'}")
+        return {}
 
     def _drain(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Let nothing more start on a node, and have all jobs that are checkpointed there go elsewhere."""
@@ -341,6 +353,8 @@ def _status_row(
         "checkpoints": len(checkpoints),
         "newest": newest,
         "lease_age": lease_age,
+        "interval": checkpoints[0].meta.get("interval") if checkpoints else None,
+        "auto": bool(checkpoints[0].meta.get("auto")) if checkpoints else False,
     }
 
 

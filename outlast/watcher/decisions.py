@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import ClassVar, NamedTuple
 
 from outlast.config import Config
 from outlast.model import JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
+from outlast.watcher import restarts
+from outlast.watcher.actions import (
+    BOUND,
+    Decision,
+    Done,
+    DropLease,
+    Evacuate,
+    Exclude,
+    Hasten,
+    Hold,
+    Leave,
+    MarkDown,
+    Readmit,
+    Requeue,
+    Run,
+    Snapshot,
+)
 
 # A node counts as dead only when this many cycles in a row found it silent: one lost packet proves nothing.
 _SILENT_CYCLES = 2
@@ -24,182 +38,10 @@ _LEASE_KEPT = 60.0
 # Slurm sets the delay of a requeued job anew when its epilog has ended, so it may have to be ended twice.
 _WORTH_HASTENING = 1.0
 _HASTENED_FOR = 1.0
+# Lost nodes of a job within a day that are no cause to put its next run off.
+_LOSSES_FREE = 2
 # Seconds until a thing that the scheduler refused is asked for again.
 _REFUSED_FOR = 10.0
-
-
-# The event of a job that was migrated to a node of somebody's choice.
-BOUND = "bound"
-
-
-class Run(NamedTuple):
-    """One run of one job: an action is never taken twice for the same run."""
-
-    job_id: str
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Whether a node answered a TCP connect, and for how many cycles in a row it was so."""
-
-    answered: bool
-    times: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """An action taken, or a remark made, about a run at *time* (Unix time, the watcher's clock)."""
-
-    time: float
-    event: str
-    run: Run
-    node: str = ""
-    refused: bool = False
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that one decision rests on, taken within one cycle; nothing in it is older news.
-
-    *leases* were read before *jobs*: a job is never judged by a scheduler's view older than its lease.
-    *quiet* tells for how many seconds, by the watcher's own clock, a lease that it read again and again had no
-    beat. *probes* holds only nodes that were asked in this cycle and of which the answer is certain.
-    """
-
-    now: float  # Unix time, the watcher's clock; compared only with the times of *done*
-    leases: tuple[LeaseView, ...]
-    jobs: tuple[SchedulerJob, ...]
-    nodes: tuple[SchedulerNode, ...]
-    probes: Mapping[str, Probe]
-    done: tuple[Done, ...]
-    quiet: Mapping[Lease, float] = field(default_factory=dict)
-
-    @cached_property
-    def done_for(self) -> Mapping[str, list[Done]]:
-        """What was done for each job, the oldest first."""
-        found: dict[str, list[Done]] = {}
-        for one in self.done:
-            found.setdefault(one.run.job_id, []).append(one)
-        return found
-
-    @cached_property
-    def node_named(self) -> Mapping[str, SchedulerNode]:
-        """The nodes by name."""
-        return {node.name: node for node in self.nodes}
-
-    @cached_property
-    def quiet_at(self) -> Mapping[str, float]:
-        """For how long nothing was heard of any manager on each node."""
-        found: dict[str, float] = {}
-        for view in self.leases:
-            quiet = self.quiet.get(view.lease, 0.0)
-            found[view.lease.node] = min(found.get(view.lease.node, quiet), quiet)
-        return found
-
-
-@dataclass(frozen=True)
-class MarkDown:
-    """Tell the scheduler that *node* is dead; it requeues the jobs that ran there."""
-
-    event: ClassVar[str] = "node-marked-down"
-    node: str
-    runs: tuple[Run, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Requeue:
-    """Have the scheduler run a lost job again."""
-
-    event: ClassVar[str] = "requeued"
-    job: SchedulerJob
-    reason: str
-    node: ClassVar[str] = ""
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The run that was lost."""
-        return (Run(self.job.job_id, self.job.epoch),)
-
-
-@dataclass(frozen=True)
-class Exclude:
-    """Keep a pending job away from the node that it was lost on, and from those of *nodes* that it is kept from."""
-
-    event: ClassVar[str] = "node-excluded"
-    job: SchedulerJob
-    node: str
-    reason: str
-    nodes: tuple[str, ...] = ()
-    unbind: bool = False  # somebody had it migrate to this node, which binds it to it
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The run that is to start."""
-        return (Run(self.job.job_id, self.job.epoch),)
-
-
-@dataclass(frozen=True)
-class Hasten:
-    """End the delay before which a pending job must not start: it is for the node that the job was lost on."""
-
-    event: ClassVar[str] = "hastened"
-    job: SchedulerJob
-    node: str
-    reason: str
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The run that is to start."""
-        return (Run(self.job.job_id, self.job.epoch),)
-
-
-@dataclass(frozen=True)
-class Readmit:
-    """Let a job that is still pending have the node again that `Exclude` kept it away from."""
-
-    event: ClassVar[str] = "node-readmitted"
-    job: SchedulerJob
-    node: str
-    reason: str
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The run that is to start."""
-        return (Run(self.job.job_id, self.job.epoch),)
-
-
-@dataclass(frozen=True)
-class DropLease:
-    """Take away a lease that nobody will renew again."""
-
-    event: ClassVar[str] = "lease-dropped"
-    lease: Lease
-    reason: str
-
-    @property
-    def node(self) -> str:
-        """The node that held the lease."""
-        return self.lease.node
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The run that held the lease."""
-        return (Run(self.lease.job.job_id, self.lease.epoch),)
-
-
-@dataclass(frozen=True)
-class Leave:
-    """Do nothing. Where *tell* names an event, the job's owner is told once for this run."""
-
-    run: Run
-    reason: str
-    tell: str = ""
-
-
-Action = MarkDown | Requeue | Exclude | Hasten | Readmit | DropLease
-Decision = Action | Leave
 
 
 def decide(snapshot: Snapshot, config: Config) -> tuple[Decision, ...]:
@@ -213,7 +55,9 @@ def decide(snapshot: Snapshot, config: Config) -> tuple[Decision, ...]:
     decision: Decision
     for view in snapshot.leases:
         job = jobs.get(view.lease.job.job_id)
-        if view.lease.is_fence and (job is None or job.state is not JobState.PENDING):
+        if view.lease.has_ended and job is not None and job.state is not JobState.PENDING:
+            decision = _crashed(view, job, snapshot, config)
+        elif view.lease.is_fence and (job is None or job.state is not JobState.PENDING):
             decision = _fence(view)
         elif job is None:
             decision = _ended(view, "the scheduler does not know the job any more")
@@ -252,7 +96,7 @@ def suspects(
 
 def is_late(lease: Lease, quiet: Mapping[Lease, float], config: Config) -> bool:
     """Whether a lease should have been renewed by now, though its node may not have been silent for long."""
-    return not lease.is_fence and quiet.get(lease, 0.0) > _MISSED_BEATS * config.lease.renew
+    return lease.is_held and quiet.get(lease, 0.0) > _MISSED_BEATS * config.lease.renew
 
 
 def _fence(view: LeaseView) -> Decision:
@@ -260,6 +104,21 @@ def _fence(view: LeaseView) -> Decision:
     if view.age <= _LEASE_KEPT:
         return Leave(run, "the run before is known to have been lost")
     return DropLease(view.lease, "the run before was lost, and the job does not wait for a node any more")
+
+
+def _crashed(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Config) -> Decision:
+    """The run of the lease ended by itself, and not well; *job* does not wait to be run again."""
+    run = Run(job.job_id, view.lease.epoch)
+    if job.epoch != view.lease.epoch:
+        return Leave(
+            run, f"the lease is of run {view.lease.epoch}, which crashed; run {job.epoch} has none yet"
+        )
+    decision = restarts.after_crash(job, snapshot, config)
+    said = isinstance(decision, Leave) and bool(decision.tell) and _is_known(decision, snapshot)
+    if said or not restarts.has_crashed(job):
+        # Nothing more is to be done for it.
+        return _ended(view, f"the job is {job.raw_state}")
+    return decision
 
 
 def _is_run_of(view: LeaseView, job: SchedulerJob) -> bool:
@@ -275,6 +134,8 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         return Leave(run, f"the lease is from {lease.node}, where the scheduler does not run the job")
     quiet, silent = snapshot.quiet.get(lease, 0.0), config.watcher.silent
     if quiet <= silent:
+        if job.preempted:
+            return Evacuate(job, "the scheduler preempts the job")
         return Leave(run, "its manager is heard")
     if snapshot.quiet_at[lease.node] <= silent:
         # Another manager there is heard, so the machine lives.
@@ -314,6 +175,8 @@ def _lost(view: LeaseView, job: SchedulerJob, config: Config) -> Decision:
         return Leave(
             run, f"the job is {job.raw_state}, and may not be requeued (--no-requeue)", "not-requeueable"
         )
+    if not config.restart.policy(job.partition).on_node_failure:
+        return Leave(run, f"the job is {job.raw_state}; on_node_failure is false for it", "not-restarted")
     return Requeue(job, f"the job is {job.raw_state} by no fault of its own, and its lease has run out")
 
 
@@ -326,14 +189,20 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
             return Readmit(job, name, f"the job was kept away from {name} for {config.watcher.exclude} s")
     lost = Run(job.job_id, job.epoch - 1)
     marked = next((one.node for one in known if one.event == MarkDown.event and one.run == lost), "")
-    if view.lease.is_fence:
+    if not view.lease.is_held:
         node = marked
     elif view.lease.epoch >= job.epoch:
         return Leave(run, "the lease is not of an earlier run")
     if view.age >= config.watcher.exclude or not (node and (marked == node or _is_gone(node, snapshot))):
         return Leave(run, "the job waits for a node")
+    losses = restarts.losses(known, snapshot.now)
+    policy = config.restart.policy(job.partition)
+    if losses > policy.budget:
+        return Hold(job, f"its node was lost {losses} times within a day, and its budget is {policy.budget}")
+    # Machines die without the job's doing: only a job that loses one after the other is put off.
+    wait = policy.wait_before(losses - _LOSSES_FREE)
     if node in excluded or node in job.excluded:
-        if node in excluded and job.begin > snapshot.now + _WORTH_HASTENING:
+        if node in excluded and not wait and job.begin > snapshot.now + _WORTH_HASTENING:
             return Hasten(
                 job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}"
             )
@@ -345,7 +214,7 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if not any(one.up and one.name != node and one.name not in others for one in snapshot.nodes):
         others -= {*excluded}  # rather where it was lost some time ago than nowhere
     return Exclude(
-        job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required
+        job, node, f"the job was lost on {node}", tuple(sorted(others)), bound and node in job.required, wait
     )
 
 
@@ -380,9 +249,7 @@ def _ended(view: LeaseView, why: str) -> Decision:
 def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
     """What was done, or said, for a run is not done or said again; what was refused is, after a while."""
     if isinstance(decision, Leave):
-        known = snapshot.done_for.get(decision.run.job_id, []) if decision.tell else []
-        told = any(one.event == decision.tell and one.run == decision.run for one in known)
-        return Leave(decision.run, decision.reason) if told else decision
+        return Leave(decision.run, decision.reason) if _is_known(decision, snapshot) else decision
     for one in reversed(snapshot.done_for.get(decision.runs[0].job_id, [])):
         if one.event != decision.event or one.node != decision.node or one.run != decision.runs[0]:
             continue
@@ -396,11 +263,17 @@ def _unless_done(decision: Decision, snapshot: Snapshot) -> Decision:
     return decision
 
 
+def _is_known(remark: Leave, snapshot: Snapshot) -> bool:
+    """Whether the job's owner was told so of this run."""
+    known = snapshot.done_for.get(remark.run.job_id, []) if remark.tell else []
+    return any(one.event == remark.tell and one.run == remark.run for one in known)
+
+
 def _unless_too_many(decisions: Iterable[Decision], snapshot: Snapshot, config: Config) -> Iterable[Decision]:
     """Where most nodes fall silent at once, believe that they are dead only after a longer silence."""
     decisions = list(decisions)
     marks = [one for one in decisions if isinstance(one, MarkDown)]
-    nodes = {view.lease.node for view in snapshot.leases if not view.lease.is_fence}
+    nodes = {view.lease.node for view in snapshot.leases if view.lease.is_held}
     many = len(marks) >= _MANY_NODES and 2 * len(marks) > len(nodes)
     quiet = {view.lease.node: snapshot.quiet.get(view.lease, 0.0) for view in snapshot.leases}
     for one in decisions:

@@ -14,26 +14,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from outlast.config import Config
-from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
+from outlast.model import SITE, JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
 from outlast.scheduler import Scheduler, SchedulerRefused
 from outlast.store import Store
-from outlast.watcher.decisions import (
+from outlast.watcher.actions import (
     Action,
     Decision,
     Done,
     DropLease,
+    Evacuate,
     Exclude,
     Hasten,
+    Hold,
     Leave,
     MarkDown,
+    Past,
     Readmit,
     Requeue,
+    Resume,
     Run,
     Snapshot,
-    decide,
-    is_late,
-    suspects,
 )
+from outlast.watcher.crashes import past_of, resume
+from outlast.watcher.decisions import decide, is_late, suspects
 from outlast.watcher.hearing import Hearing
 from outlast.watcher.probe import Prober
 
@@ -47,6 +50,8 @@ T = TypeVar("T")
 _NODES_AT_ONCE = 512
 _JOBS_AT_ONCE = 256
 _ACT_SECONDS = 1.0
+# How many crashed jobs are looked up in the store in one cycle.
+_PASTS_AT_ONCE = 20
 # How long the store is told in one cycle what was done: where much was, acting on it goes first.
 _SAY_SECONDS = 0.3
 
@@ -76,7 +81,16 @@ class Wake:
 class Loop:
     """The watcher's memory between two cycles; losing it costs a repeated look, never a repeated action."""
 
-    def __init__(self, config: Config, scheduler: Scheduler, store: Store) -> None:
+    def __init__(
+        self,
+        config: Config,
+        scheduler: Scheduler,
+        store: Store,
+        *,
+        may_act: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """*may_act* is asked before each command to the scheduler: whether no other watcher has taken over."""
+        self._may_act = may_act
         self._config = config
         self._scheduler = scheduler
         self._store = store
@@ -88,6 +102,8 @@ class Loop:
         self._recalled: set[str] = set()
         self._unsaid: deque[tuple[JobKey, Mapping[str, Any]]] = deque()
         self._settled: frozenset[Run] = frozenset()
+        self._pasts: dict[Run, Past] = {}
+        self._nodes = 0  # of the cluster
         self._looked = -_LOOK_SECONDS
         self.leases: tuple[LeaseView, ...] = ()
         self.acted: Counter[tuple[str, bool]] = (
@@ -129,6 +145,17 @@ class Loop:
             return decisions + self.cycle(look=True, again=True)
         return decisions
 
+    def stand_by(self) -> None:
+        """Only listen: another watcher acts. When it does no more, nothing has to be heard anew."""
+        try:
+            self._listen()
+        except BaseException:
+            self._hearing.forget()
+            raise
+        finally:
+            self._prober.forget()
+        self._fences.clear()
+
     def _listen(self) -> None:
         self.leases = tuple(self._store.leases(self._config.cluster))
         self._hearing.hear(self.leases, time.monotonic())
@@ -137,7 +164,7 @@ class Loop:
         if time.monotonic() - self._looked >= _LOOK_SECONDS or self._fences:
             return True
         return any(
-            is_late(view.lease, self._hearing.quiet, self._config)
+            (view.lease.has_ended or is_late(view.lease, self._hearing.quiet, self._config))
             and Run(view.lease.job.job_id, view.lease.epoch) not in self._settled
             for view in self.leases
         )
@@ -152,11 +179,32 @@ class Loop:
             jobs, nodes = self._look()
         self._forget_gone(jobs)
         return Snapshot(
-            time.time(), self.leases, jobs, nodes, probes, tuple(self._done), dict(self._hearing.quiet)
+            time.time(),
+            self.leases,
+            jobs,
+            nodes,
+            probes,
+            tuple(self._done),
+            dict(self._hearing.quiet),
+            self._look_up_crashes(jobs),
         )
+
+    def _look_up_crashes(self, jobs: tuple[SchedulerJob, ...]) -> Mapping[Run, Past]:
+        """Return what the store knows of each job whose newest run crashed, read once for each."""
+        failed = {job.job_id: job.epoch for job in jobs if job.state is JobState.FAILED}
+        ended = [view.lease for view in self.leases if view.lease.has_ended]
+        crashed = {Run(one.job.job_id, one.epoch) for one in ended if failed.get(one.job.job_id) == one.epoch}
+        self._pasts = {run: past for run, past in self._pasts.items() if run in crashed}
+        for run in sorted(crashed - {*self._pasts})[:_PASTS_AT_ONCE]:
+            self._pasts[run] = past_of(self._store, JobKey(self._config.cluster, run.job_id))
+        return dict(self._pasts)
 
     def _look(self) -> tuple[tuple[SchedulerJob, ...], tuple[SchedulerNode, ...]]:
         jobs, nodes = self._scheduler.jobs(), self._scheduler.nodes()
+        if not self._nodes and nodes:
+            self._nodes = len(nodes)
+            self._tell_site("watching", "")
+        self._nodes = len(nodes) or self._nodes
         self._looked = time.monotonic()
         return jobs, nodes
 
@@ -179,7 +227,8 @@ class Loop:
     def _recall(self, snapshot: Snapshot, decisions: tuple[Decision, ...]) -> bool:
         """Read from the store what an earlier watcher did for jobs about which something is to be done."""
         # Marking a node down twice does no harm, and there may be thousands of jobs to be asked after.
-        wanted = {run.job_id for one in decisions if isinstance(one, Requeue | DropLease) for run in one.runs}
+        once = Requeue | Resume | Hold | DropLease
+        wanted = {run.job_id for one in decisions if isinstance(one, once) for run in one.runs}
         wanted |= {one.run.job_id for one in decisions if isinstance(one, Leave) and one.tell}
         marked = {one.run.job_id for one in snapshot.done if one.event == MarkDown.event}
         wanted |= {view.lease.job.job_id for view in snapshot.leases if view.lease.is_fence} - marked
@@ -212,10 +261,13 @@ class Loop:
             self._do(some, lambda some=some, why=why: self._mark_down(some, why))  # type: ignore[misc]
         if marks:
             self._put_up_fences(marks)
+            for mark in marks:
+                self._tell_site("node-lost", mark.node)
         moves: dict[tuple[str, ...], list[Exclude | Hasten | Readmit]] = {}
         for one in decisions:
             if isinstance(one, Exclude | Hasten | Readmit):
-                kind = ("later",) if isinstance(one, Readmit) else ("now",)
+                later = isinstance(one, Readmit) or (isinstance(one, Exclude) and one.wait > 0)
+                kind = ("later",) if later else ("now",)
                 moves.setdefault((*kind, *_kept_from(one)), []).append(one)
         calls = [(key, some) for key, all in moves.items() for some in _batches(all, _JOBS_AT_ONCE)]
         for one in decisions:
@@ -228,15 +280,29 @@ class Loop:
             handles = [one.job.handle for one in moved]
             exclude = functools.partial(self._scheduler.exclude, handles, nodes, at_once=when == "now")
             self._do(moved, exclude)
-        for one in [one for one in decisions if isinstance(one, Requeue)]:
+            for one in moved:
+                if isinstance(one, Exclude) and one.wait:
+                    self._do([], functools.partial(self._scheduler.delay, one.job.handle, one.wait))
+        for one in [one for one in decisions if isinstance(one, Requeue | Resume | Hold)]:
             if time.monotonic() > until:
                 break
-            self._do([one], lambda one=one: self._scheduler.requeue(one.job.handle))  # type: ignore[misc]
+            self._do([one], functools.partial(self._run_again, one))
+            if isinstance(one, Resume) and one.away:
+                # For the next run; it is let have the node again in time, like one that was lost there.
+                then = (Run(one.job.job_id, one.job.epoch + 1),)
+                self._record(Exclude.event, then, "the job crashed there", one.away)
         for one in decisions:
+            if isinstance(one, Evacuate):
+                job = JobKey(self._config.cluster, one.job.job_id)
+                request = {"op": "leave", "why": one.reason}
+                self._do([one], functools.partial(self._store.post_request, job, request))
             if isinstance(one, DropLease):
                 self._do([one], lambda one=one: self._store.drop_lease(one.lease))  # type: ignore[misc]
 
-    def _do(self, decisions: Sequence[Action], act: Callable[[], None]) -> None:
+    def _do(self, decisions: Sequence[Action], act: Callable[[], object]) -> None:
+        if not self._may_act():
+            log.warning("too long was taken to decide: another watcher may act by now, so nothing is done")
+            return
         try:
             act()
         except SchedulerRefused as error:
@@ -245,6 +311,17 @@ class Loop:
         else:
             for one in decisions:
                 self._record(one.event, one.runs, one.reason, one.node)
+
+    def _run_again(self, one: Requeue | Resume | Hold) -> None:
+        handle = one.job.handle
+        if isinstance(one, Resume):
+            resume(self._store, self._scheduler, JobKey(self._config.cluster, one.job.job_id), one)
+        elif isinstance(one, Requeue):
+            self._scheduler.requeue(handle)
+        elif one.job.state is JobState.PENDING:
+            self._scheduler.hold(handle)
+        else:
+            self._scheduler.requeue_hold(handle)
 
     def _mark_down(self, marks: Sequence[MarkDown], why: str) -> None:
         self._scheduler.mark_down([one.node for one in marks], f"outlast: {why}")
@@ -300,6 +377,12 @@ class Loop:
                 "refused": refused,
             }
             self._unsaid.append((JobKey(self._config.cluster, run.job_id), entry))
+
+    def _tell_site(self, event: str, node: str) -> None:
+        """Write down what managers estimate the site's failure rate by."""
+        me = socket.gethostname().split(".")[0]
+        entry = {"time": time.time(), "node": me, "event": event, "text": node, "nodes": self._nodes}
+        self._unsaid.append((JobKey(self._config.cluster, SITE), entry))
 
     def _say(self) -> None:
         """Append to the jobs' logs what is not yet there; what the store does not take soon waits."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from outlast.model import SchedulerNode
-from outlast.watcher.decisions import Probe
+from outlast.watcher.actions import Probe
 
 ANSWER_SECONDS = 0.5
 

@@ -53,12 +53,14 @@ extern void slurm_xfree_ptr(void *text) __attribute__((weak));
 static char shim[PATH_MAX] = "/usr/libexec/outlast/outlast-shim";
 static char interval[16]; /* as the user wrote it; empty where the job has no --checkpoint */
 
-/* Whether text is [1-9][0-9]{0,6}[smhd], at most 30d: the grammar of parse_interval in outlast/model.py. */
+/* Whether text is auto, or [1-9][0-9]{0,6}[smhd], at most 30d: the grammar of parse_pace in outlast/model.py. */
 static bool is_interval(const char *text)
 {
 	size_t digits = strspn(text, "0123456789");
 	long unit;
 
+	if (strcmp(text, "auto") == 0)
+		return true;
 	if (digits < 1 || digits > 7 || text[0] == '0' || strlen(text) != digits + 1)
 		return false;
 	switch (text[digits]) {
@@ -84,7 +86,7 @@ static int set_interval(int val, const char *text, int remote)
 		return 0;
 	}
 	slurm_error("outlast: --checkpoint=%.64s: not a time between 1s and 30d; "
-		    "write a whole number and a unit: 30s, 10m, 1h or 2d", text != NULL ? text : "");
+		    "write a whole number and a unit: 30s, 10m, 1h or 2d; or auto", text != NULL ? text : "");
 	/* On the node it is too late to refuse: the job runs without checkpoints. */
 	return remote ? 0 : -1;
 }
@@ -92,7 +94,7 @@ static int set_interval(int val, const char *text, int remote)
 static struct spank_option checkpoint_option = {
 	.name = "checkpoint",
 	.arginfo = "INTERVAL",
-	.usage = "[outlast] checkpoint the batch job every INTERVAL (30s, 10m, 1h, 2d) "
+	.usage = "[outlast] checkpoint the batch job every INTERVAL (30s, 10m, 1h, 2d; or auto) "
 		 "and restart it from the newest checkpoint if its node fails",
 	.has_arg = 1,
 	.cb = set_interval,
@@ -136,6 +138,35 @@ static void choose_option(const char *name, const char *needed, const char *cont
 		slurm_xfree_ptr(chosen);
 }
 
+/*
+ * Say at submission what the node would say as well, where it is known by then. Slurm gives the number of nodes as
+ * 2 or, for a range, as 2-4. sbatch comes here once for each component of a heterogeneous job.
+ */
+static void say_what_has_no_checkpoints(void)
+{
+	static bool asked, said;
+	static int components;
+
+	components++;
+	asked = asked || interval[0] != '\0';
+	if (!asked || said)
+		return;
+	if (components > 1) {
+		slurm_spank_log("outlast: this runs without checkpoints: heterogeneous jobs cannot be checkpointed");
+		said = true;
+	} else if (opt != NULL && slurm_option_get != NULL) {
+		char *nodes = slurm_option_get(opt, "nodes");
+
+		if (nodes != NULL && strtol(nodes, NULL, 10) > 1) {
+			slurm_spank_log("outlast: this runs without checkpoints: "
+					"only jobs on one node can be checkpointed");
+			said = true;
+		}
+		if (slurm_xfree_ptr != NULL)
+			slurm_xfree_ptr(nodes);
+	}
+}
+
 /* In sbatch: all options, of the command line, the environment and the script, are read, and not yet sent. */
 int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 {
@@ -146,6 +177,8 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	(void) sp;
 	(void) ac;
 	(void) av;
+	if (is_sbatch && sbopt != NULL)
+		say_what_has_no_checkpoints();
 	if (interval[0] == '\0' || context == S_CTX_REMOTE)
 		return 0;
 	if (!is_sbatch) {

@@ -108,7 +108,7 @@ def test_bad_interval_is_refused_at_submission(command: tuple[str, str], interva
     assert done.stdout == ""
     assert done.stderr.splitlines()[0] == (
         f"{program}: error: outlast: --checkpoint={interval}: not a time between 1s and 30d; "
-        "write a whole number and a unit: 30s, 10m, 1h or 2d"
+        "write a whole number and a unit: 30s, 10m, 1h or 2d; or auto"
     )
 
 
@@ -203,6 +203,16 @@ def test_job_on_two_nodes_runs_without_checkpoints_and_says_why(directory: str) 
     )
     assert "slurmstepd" in parent
     assert hosts == ["n1", "n2"]
+    assert "this runs without checkpoints: only jobs on one node can be checkpointed" in ended.said
+
+
+def test_heterogeneous_job_runs_without_checkpoints_and_says_so_at_submission(directory: str) -> None:
+    script = "#!/bin/sh\n#SBATCH -n1\n#SBATCH hetjob\n#SBATCH -n1\nexit 5\n"
+    ended = batch(directory, script, "--checkpoint=10m")
+
+    assert ended.code == 5
+    assert ended.said.count("this runs without checkpoints: heterogeneous jobs cannot be checkpointed") == 1
+    assert "runs without checkpoints: heterogeneous jobs cannot be checkpointed" in ended.output
 
 
 def test_job_whose_node_lacks_the_shim_runs_without_checkpoints_and_says_why(directory: str) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobState, SchedulerJob
 from outlast.scheduler import SchedulerRefused, SchedulerUnavailable, slurm
+from outlast.scheduler.hostlist import expand
 
 DATA = Path(__file__).parent / "data"
 
@@ -66,6 +67,7 @@ def test_a_running_job_is_read_whole() -> None:
         required=("n1",),
         requeueable=True,
         handle="4",
+        partition="main",
     )
 
 
@@ -219,20 +221,20 @@ def test_output_of_another_form_is_refused(output: str) -> None:
     ],
 )
 def test_hostlists_are_expanded(short: str, names: tuple[str, ...]) -> None:
-    assert slurm.expand(short) == names
+    assert expand(short) == names
 
 
 @pytest.mark.parametrize("short", ["n[1-", "n[a-b]", "n[]", "n[1-2]]", "n[5-1]"])
 def test_what_is_no_hostlist_is_refused(short: str) -> None:
     with pytest.raises(OutlastError, match="not a list of nodes"):
-        slurm.expand(short)
+        expand(short)
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=5), st.integers(1, 4))
 def test_a_hostlist_of_single_numbers_keeps_their_width(numbers: list[int], width: int) -> None:
     padded = [str(number).zfill(width) for number in numbers]
 
-    assert slurm.expand(f"n[{','.join(padded)}]") == tuple(f"n{text}" for text in padded)
+    assert expand(f"n[{','.join(padded)}]") == tuple(f"n{text}" for text in padded)
 
 
 def test_commands_name_the_job_and_the_whole_list_of_nodes() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from outlast.errors import UsageError
-from outlast.model import parse_interval
+from outlast.model import parse_pace
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN_SOURCE = ROOT / "plugins" / "slurm"
@@ -84,7 +84,7 @@ def run(built: Path) -> Run:
     return run_
 
 
-TAKEN = ["1s", "30s", "10m", "1h", "2d", "30d", "720h", "43200m", "2592000s"]
+TAKEN = ["auto", "1s", "30s", "10m", "1h", "2d", "30d", "720h", "43200m", "2592000s"]
 REFUSED = [
     *(
         "",
@@ -112,7 +112,7 @@ def test_plugin_takes_the_intervals_that_the_rest_takes(run: Run, text: str) -> 
     lines = run("sbatch", "allocator", f"option={text}")
 
     assert "option 0" in lines
-    assert parse_interval(text) > 0
+    assert parse_pace(text) != 0
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -120,10 +120,10 @@ def test_plugin_refuses_what_the_rest_refuses_and_says_what_to_write(run: Run, t
     lines = run("sbatch", "allocator", f"option={text}", refused=True)
 
     with pytest.raises(UsageError):
-        parse_interval(text)
+        parse_pace(text)
     assert "\n".join(lines[2:-1]) == (
         f"error outlast: --checkpoint={text[:64]}: not a time between 1s and 30d; "
-        "write a whole number and a unit: 30s, 10m, 1h or 2d"
+        "write a whole number and a unit: 30s, 10m, 1h or 2d; or auto"
     )
     assert lines[-1] == "option -1"
 
@@ -180,6 +180,28 @@ def test_sbatch_without_its_symbols_tells_the_user_what_to_write(run: Run) -> No
         "log outlast: this sbatch keeps its options to itself; "
         "write --open-mode=append and --requeue beside --checkpoint"
     )
+
+
+@pytest.mark.parametrize("nodes", ["2", "2-4", "16"])
+def test_submission_of_a_job_on_several_nodes_says_that_it_has_no_checkpoints(run: Run, nodes: str) -> None:
+    said = "log outlast: this runs without checkpoints: only jobs on one node can be checkpointed"
+
+    assert run("sbatch", "allocator", "option=10m", f"nodes={nodes}").count(said) == 1
+    assert said not in run("sbatch", "allocator", f"nodes={nodes}")
+
+
+@pytest.mark.parametrize("nodes", ["1", "0", "1-4", ""])
+def test_submission_of_a_job_that_may_have_one_node_says_nothing(run: Run, nodes: str) -> None:
+    assert not any(
+        "without checkpoints" in one for one in run("sbatch", "allocator", "option=10m", f"nodes={nodes}")
+    )
+
+
+def test_submission_of_a_heterogeneous_job_says_once_that_it_has_no_checkpoints(run: Run) -> None:
+    said = "log outlast: this runs without checkpoints: heterogeneous jobs cannot be checkpointed"
+
+    assert run("sbatch", "allocator", "option=10m", "components=3").count(said) == 1
+    assert said not in run("sbatch", "allocator", "components=3")
 
 
 @pytest.mark.parametrize(("where", "name"), [("allocator", "salloc"), ("local", "srun")])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from outlast.config import Config, WatcherConfig
 from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
-from outlast.watcher.decisions import (
+from outlast.watcher.actions import (
     Decision,
     Done,
     DropLease,
@@ -20,9 +20,8 @@ from outlast.watcher.decisions import (
     Requeue,
     Run,
     Snapshot,
-    decide,
-    suspects,
 )
+from outlast.watcher.decisions import decide, suspects
 
 CONFIG = Config(cluster="c")
 LEASE = Lease(JobKey("c", "17"), 0, "n1", 2000)

@@ -29,7 +29,7 @@ from outlast.model import CheckpointId, JobKey, Lease
 from outlast.scheduler import SchedulerUnavailable
 from outlast.scheduler.slurm import SlurmScheduler
 from outlast.store import Store, add_key, open_store
-from outlast.watcher.decisions import DropLease, Exclude, Leave, MarkDown, Readmit, Requeue
+from outlast.watcher.actions import DropLease, Exclude, Leave, MarkDown, Readmit, Requeue
 from outlast.watcher.loop import Loop
 
 DATA = Path(__file__).parent / "data"
@@ -48,7 +48,7 @@ class Site:
         self.here = here
         (here / "store").mkdir()
         shutil.copytree(DATA / "bin", here / "bin")
-        keys = {"cycle": 0.1, "exclude": 60, "silent": 0.4, **watcher}
+        keys = {"cycle": 0.1, "exclude": 60, "silent": 0.4, "takeover": 1, **watcher}
         lines = [f"{key} = {value}" for key, value in keys.items()]
         (here / "outlast.toml").write_text(
             f'cluster = "c"\n[store]\nurl = "file://{here}/store"\nkey = "{here}/no.key"\n'
@@ -384,7 +384,8 @@ def test_owners_see_their_jobs_and_nobody_elses(site: Site, refusing: int) -> No
     (site.here / "image").mkdir()
     (site.here / "image" / "pages").write_bytes(bytes(5000))
     meta = {"node": "n1", "epoch": 0, "seq": 3, "pause_ms": 12.5}
-    stored = site.store.publish(JobKey("c", "4"), CheckpointId(0, 3), site.here / "image", meta)
+    chosen = {"interval": 600, "auto": True}
+    stored = site.store.publish(JobKey("c", "4"), CheckpointId(0, 3), site.here / "image", {**meta, **chosen})
     site.store.append_events(JobKey("c", "4"), "manager", [{"time": 1.0, "node": "n1", "event": "started"}])
     site.lease("4")
     sizes = {"image_bytes": 5000, "stored_bytes": stored.stored_bytes}
@@ -395,7 +396,7 @@ def test_owners_see_their_jobs_and_nobody_elses(site: Site, refusing: int) -> No
         (status,) = site.ask(ALICE, op="status")["jobs"]
 
         assert status.pop("lease_age") >= 0
-        assert status == {**job, "checkpoints": 1, "newest": row}
+        assert status == {**job, **chosen, "checkpoints": 1, "newest": row}
         assert [job["job_id"] for job in site.ask(BOB, op="status")["jobs"]] == ["8"]
         assert [job["job_id"] for job in site.ask(0, op="status")["jobs"]] == ["4", "8"]
         assert site.ask(ALICE, op="list", job="4") == {"checkpoints": [row]}

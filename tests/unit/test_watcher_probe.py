@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from outlast.model import SchedulerNode
-from outlast.watcher.decisions import Probe
+from outlast.watcher.actions import Probe
 from outlast.watcher.probe import Prober, ask
 
 

@@ -123,14 +123,16 @@ spank_err_t spank_prepend_task_argv(spank_t sp, int argc, const char *argv[])
 }
 #endif
 
-static char *open_mode, *requeue; /* NULL or "unset": the user chose none */
+static char *open_mode, *requeue, *nodes; /* NULL or "unset": the user chose none */
 
 #ifdef SBATCH
 char opt[1], sbopt[1];
 
 char *slurm_option_get(void *options, const char *name)
 {
-	const char *value = strcmp(name, "open-mode") == 0 ? open_mode : requeue;
+	const char *value = strcmp(name, "nodes") == 0       ? nodes
+			    : strcmp(name, "open-mode") == 0 ? open_mode
+							     : requeue;
 
 	if (options != opt)
 		abort();
@@ -168,7 +170,7 @@ int main(int argc, char **argv)
 {
 	char *args[8];
 	const char *options[8];
-	int n_args = 0, n_options = 0;
+	int n_args = 0, n_options = 0, components = 1;
 	void *plugin;
 
 	if (argc < 3)
@@ -192,6 +194,10 @@ int main(int argc, char **argv)
 			open_mode = value;
 		else if (strcmp(argv[i], "requeue") == 0)
 			requeue = value;
+		else if (strcmp(argv[i], "nodes") == 0)
+			nodes = value;
+		else if (strcmp(argv[i], "components") == 0)
+			components = atoi(value);
 		else if (strcmp(argv[i], "step") == 0)
 			step = strcmp(value, "batch") == 0 ? SLURM_BATCH_SCRIPT : (uint32_t) atol(value);
 		else
@@ -210,7 +216,8 @@ int main(int argc, char **argv)
 		if (code != 0)
 			return 1;
 	}
-	call(plugin, "slurm_spank_init_post_opt", n_args, args);
+	for (int i = 0; i < components; i++)
+		call(plugin, "slurm_spank_init_post_opt", n_args, args);
 	if (strcmp(where, "remote") == 0)
 		call(plugin, "slurm_spank_task_init", n_args, args);
 	dlclose(plugin);
