@@ -38,11 +38,19 @@ class StoreConfig:
     quota: str = ""  # what a job may have in the store, such as "50G"; "" is any amount
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
     transport: str = "auto"  # what speaks SSH: "openssh" or "paramiko"; auto: OpenSSH if it is there
+    bandwidth: str = ""  # bytes a second that uploads of one node may take, such as "100M"; "" is any number
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
             raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
         _parse_size("quota", self.quota or "0")
+        if self.bandwidth and _parse_size("bandwidth", self.bandwidth) < 1 << 16:
+            raise ValueError(f'bandwidth = "{self.bandwidth}": must be 64K or more')
+
+    @property
+    def bandwidth_bytes(self) -> int:
+        """*bandwidth* in bytes a second; 0 for any number."""
+        return _parse_size("bandwidth", self.bandwidth or "0")
 
     @property
     def quota_bytes(self) -> int:

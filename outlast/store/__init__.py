@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from outlast.config import StoreConfig
@@ -14,6 +15,7 @@ from outlast.store._reader import Stored
 from outlast.store._retention import Policy
 from outlast.store._source import Memory
 from outlast.store._store import Store
+from outlast.store._throttle import Throttled
 from outlast.store._upkeep import Pruned, Usage
 
 __all__ = [
@@ -51,10 +53,19 @@ def open_store(config: StoreConfig) -> Store:
     if url.scheme == "file":
         if url.netloc or not path:
             raise _bad(config, "names no directory of this machine")
-        return Store(LocalBackend(Path(path)), _keyring(config), config.quota_bytes)
+        return Store(_throttled(config, LocalBackend(Path(path))), _keyring(config), config.quota_bytes)
     if url.scheme == "sftp":
-        return Store(_over_sftp(config, url, port or 22, path), _keyring(config), config.quota_bytes)
+        return Store(
+            _throttled(config, _over_sftp(config, url, port or 22, path)),
+            _keyring(config),
+            config.quota_bytes,
+        )
     raise _bad(config, "neither sftp:// nor file://" if config.url else "is not set")
+
+
+def _throttled(config: StoreConfig, backend: Backend) -> Backend:
+    rate = config.bandwidth_bytes
+    return cast(Backend, Throttled(backend, rate)) if rate else backend
 
 
 def _keyring(config: StoreConfig) -> Keyring | ConfigError:
