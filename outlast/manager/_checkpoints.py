@@ -79,7 +79,6 @@ class Checkpointer:
         self._told = False
         self.newest: Checkpoint | None = None
         self.last_error: str | None = None
-        self.seconds = 0.0  # that a checkpoint takes until it is stored: the longest of the last ones
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
 
     def start(self) -> None:
@@ -87,6 +86,11 @@ class Checkpointer:
         self._modes.prepare()
         self.findings.begin()
         self._thread.start()
+
+    @property
+    def seconds(self) -> float:
+        """How long a checkpoint takes until it is stored: the longest of the last ones, of earlier runs too."""
+        return self._run.seconds
 
     def ask(self) -> None:
         """Have a checkpoint taken as soon as the one under way, if any, is done."""
@@ -156,7 +160,7 @@ class Checkpointer:
                     finally:
                         if turn is not None:
                             os.close(turn)
-                    self.seconds = max(took, self.seconds * _FADING)
+                    self._run.seconds = max(took, self._run.seconds * _FADING)
                     if self.newest is not None and self.newest is not before:
                         self._pace.learn(store, self.newest.meta["pause_ms"] / 1000, took)
                     # A job whose checkpoints take longer than its interval must get on all the same.
@@ -283,6 +287,7 @@ class Checkpointer:
             "seq": run.seq,
             "time": time.time(),
             "place": run.place,
+            "seconds": round(run.seconds, 3),
             "interval": run.interval,
             "auto": run.auto,
             "uid": run.uid,

@@ -201,7 +201,7 @@ class Launcher:
         environment = {**shim.environment, VARIABLE: str(run.directory.with_name(run.job.job_id))}
         compatible = shim.environment.get("OUTLAST_FILTER") != "off"
         capsule = start_capsule(shim.context, run.argv, environment, run.directory, compat_filter=compatible)
-        run.goes_on_from(None, 0.0)
+        run.goes_on_from(None, {})
         # The log can be read on the store's machine, so it does not tell the arguments.
         facts = {"interval": run.interval, "restart": self._choice(shim)}
         self._events.add("started", Path(run.argv[0]).name, **facts)

@@ -161,7 +161,7 @@ class Restorer:
         )
         inherited = {fd for fd, _ in inherit}
         run.passed = [entry for entry in passed if entry["fd"] in inherited]
-        run.goes_on_from(checkpoint.id, float(meta.get("place", 0.0)))
+        run.goes_on_from(checkpoint.id, meta)
         return capsule
 
 

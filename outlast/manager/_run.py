@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,15 @@ class Run:
     globs: list[str] = field(default_factory=list)  # of files below it that the job appends to and closes
     auto: bool = False  # *interval* is chosen anew after each checkpoint
     source: CheckpointId | None = None  # where this run went on, None for the job's start
+    seconds: float = (
+        0.0  # that a checkpoint takes until it is stored: the longest of the last ones, of any run
+    )
     begun: tuple[float, float] = (0.0, 0.0)  # `place` then, and when that was (boottime)
 
-    def goes_on_from(self, source: CheckpointId | None, place: float) -> None:
-        """The job computes from now on, from *source*; it had come to *place* there."""
-        self.source, self.begun = source, (place, boottime())
+    def goes_on_from(self, source: CheckpointId | None, meta: Mapping[str, Any]) -> None:
+        """The job computes from now on, from *source*, whose manifest tells of it as *meta*."""
+        self.source, self.begun = source, (float(meta.get("place", 0.0)), boottime())
+        self.seconds = float(meta.get("seconds", 0.0))
 
     @property
     def place(self) -> float:
@@ -75,6 +80,7 @@ class Run:
             "auto": self.auto,
             "source": self.source and [self.source.epoch, self.source.seq],
             "begun": self.begun,
+            "seconds": self.seconds,
         }
         part = self.directory / "state.new"
         part.touch(mode=0o600)
@@ -106,6 +112,7 @@ class Run:
             auto=state["auto"],
             source=state["source"] and CheckpointId(*state["source"]),
             begun=tuple(state["begun"]),
+            seconds=state["seconds"],
         )
 
 

@@ -90,4 +90,3 @@ def test_the_second_watcher_takes_over_from_one_that_stands_still_and_keeps_it(
     assert "node-marked-down" in watchers.said("second")
     assert "node-marked-down" not in watchers.said("first")
     clocked.assert_whole(job)
-    assert job.restarts == 1
