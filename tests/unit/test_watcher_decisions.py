@@ -5,14 +5,16 @@ import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
-from outlast.config import Config, WatcherConfig
+from outlast.config import Config, RestartConfig, WatcherConfig
 from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
 from outlast.watcher.actions import (
     Decision,
     Done,
     DropLease,
+    Evacuate,
     Exclude,
     Hasten,
+    Hold,
     Leave,
     MarkDown,
     Probe,
@@ -323,6 +325,54 @@ def test_a_job_that_was_sent_to_a_node_is_bound_to_it_no_longer_than_the_node_li
     assert decide(snapshot(job=job, done=past), CONFIG) == (
         Exclude(job, "n1", "the job was lost on n1", unbind=True),
     )
+
+
+PREEMPTED = dataclasses.replace(JOB, preempted=True)
+
+
+def test_a_job_that_is_preempted_is_told_to_leave_once() -> None:
+    told = (done("told-to-leave", node=""),)
+
+    assert decide(snapshot(job=PREEMPTED, age=1.0), CONFIG) == (
+        Evacuate(PREEMPTED, "the scheduler preempts the job"),
+    )
+    assert decide(snapshot(job=PREEMPTED, age=1.0, done=told), CONFIG) == (leave("told-to-leave 0 s ago"),)
+
+
+def losses(count: int) -> tuple[Done, ...]:
+    """What was done for a job whose runs 0 to *count* - 1 were lost one after the other within an hour."""
+    return tuple(done("node-marked-down", epoch=n, ago=60.0 * (count - n)) for n in range(count))
+
+
+@pytest.mark.parametrize(("count", "wait"), [(1, 0.0), (3, 0.0), (4, 30.0), (5, 60.0)])
+def test_a_job_that_loses_node_after_node_is_put_off_from_the_fourth_on(count: int, wait: float) -> None:
+    job = dataclasses.replace(AGAIN, epoch=count)
+    seen = snapshot(job=job, lease=dataclasses.replace(LEASE, epoch=count - 1), done=losses(count), node=DEAD)
+
+    assert decide(seen, CONFIG) == (Exclude(job, "n1", "the job was lost on n1", wait=wait),)
+
+
+def test_a_job_that_lost_more_nodes_than_its_budget_within_a_day_is_held_for_a_look() -> None:
+    job = dataclasses.replace(AGAIN, epoch=6)
+    lease = dataclasses.replace(LEASE, epoch=5)
+    (held,) = decide(snapshot(job=job, lease=lease, done=losses(6), node=DEAD), CONFIG)
+    old = tuple(dataclasses.replace(one, time=NOW - 90000) for one in losses(6)[:5])
+    (fine,) = decide(snapshot(job=job, lease=lease, done=(*old, losses(6)[5]), node=DEAD), CONFIG)
+
+    assert held == Hold(job, "its node was lost 6 times within a day, and its budget is 5")
+    assert isinstance(fine, Exclude)
+
+
+def test_the_policy_may_leave_lost_jobs_to_people() -> None:
+    config = dataclasses.replace(
+        CONFIG, restart=RestartConfig(partition={"main": {"on_node_failure": False}})
+    )
+    main = dataclasses.replace(LOST, partition="main")
+
+    assert decide(snapshot(job=main), config) == (
+        leave("the job is NODE_FAIL; on_node_failure is false for it", "not-restarted"),
+    )
+    assert isinstance(decide(snapshot(job=LOST), config)[0], Requeue)
 
 
 NODES = ("n1", "n2")
