@@ -31,7 +31,7 @@ os.link("written", "other-name")
 step = -1
 while step < 40 or not os.path.exists("go"):
     step += 1
-    line = b"%d\n" % step
+    line = b"%d\\n" % step
     for file in (here, written, appended, ghost):
         file.write(line)
     memory[:8] = mapped[4096:4104] = index_now = b"%08d" % step
@@ -41,7 +41,7 @@ while step < 40 or not os.path.exists("go"):
     if step % 4 == 3:
         open("new-%d.log" % step, "wb").close()
     os.chmod("written", 0o600 + step % 8)
-    lines = b"".join(b"%d\n" % one for one in range(step + 1))
+    lines = b"".join(b"%d\\n" % one for one in range(step + 1))
     right = [os.pread(file.fileno(), 1 << 20, 0) == lines for file in (here, written, appended, ghost)]
     right += [
         os.pread(index.fileno(), 99, 0) == index_now, memory[:8] == index_now,
@@ -78,10 +78,12 @@ def test_files_of_every_kind_go_with_a_job_to_another_node(cluster_to_break: Clu
     seen = len(job.lines())
     eventually(lambda: len(job.lines()) > seen + 8, within=30, what="the job changes all files after it")
     node = job.node
+    written: list[str] = []
     if how == "requeued":
         leave(cluster, job)
     else:
         cluster.cut_power(node)
+        written = job.lines()
     restored = job.wait_for("restored", within=90)
     job.path("go").touch()
 
@@ -92,8 +94,12 @@ def test_files_of_every_kind_go_with_a_job_to_another_node(cluster_to_break: Clu
     assert lines == [str(step) for step in range(len(lines))]
     assert job.path("steps.log").read_text() == "".join(f"{line}\n" for line in lines)
     if how == "power cut":
-        for name in ("written", "appended", "steps.log", "out", "table"):
+        for name in ("written", "appended", "steps.log", "table"):
             assert job.path(f"{name}.outlast-lost.0").exists(), f"what was cut off of {name} is kept"
+        # All that followed the checkpoint, to the last line before the power went.
+        lost = job.lines("out.outlast-lost.0")
+        assert len(lost) >= 8
+        assert lost == written[-len(lost) :]
 
 
 def test_files_that_shrank_or_were_written_anew_are_named_and_the_job_is_held(cluster: Cluster) -> None:

@@ -166,27 +166,3 @@ def test_time_limit_reaches_a_restored_job(jobs: dict[str, Job]) -> None:
     assert job.wait_for_end(within=90)[0] == "TIMEOUT"
     assert "told to end" in job.lines()
     eventually(lambda: not job.cluster.left(job.node, job.id), within=30, what="nothing left of it")
-
-
-def test_what_is_cut_off_after_a_power_cut_is_kept_beside_the_output(cluster_to_break: Cluster) -> None:
-    job = cluster_to_break.submit(COUNT.replace("0.2", "0.05").format(what="exit 7"), checkpoint="1h")
-    job.wait_for_line("line 5")
-    cluster_to_break.on("ctl", "outlast", "checkpoint", job.id, user=True)
-    job.wait_for("checkpoint")
-    saved = len(job.lines())
-    eventually(lambda: len(job.lines()) > saved + 20, within=20, what="lines that are in no checkpoint")
-    cluster_to_break.cut_power(job.node)
-    written = job.lines()
-    job.wait_for("restored", within=90)
-    kept = sorted(job.path().parent.glob("out.outlast-lost.*"))
-
-    assert [path.name for path in kept] == ["out.outlast-lost.0"]
-    lost = kept[0].read_text().splitlines()
-    # All of it, from the line after the checkpoint to the last before the power went.
-    first = int(lost[0].removeprefix("line "))
-    assert lost == [f"line {i}" for i in range(first, len(written) + 1)]
-    assert len(lost) >= 20
-    before = assert_counted(job)
-    eventually(lambda: assert_counted(job) > before, within=20, what="the count goes on")
-    job.path("go").touch()
-    assert job.wait_for_end(within=60) == ("FAILED", "7:0")

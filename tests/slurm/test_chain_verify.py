@@ -77,7 +77,9 @@ def test_what_is_due_is_verified_once_by_whichever_node_comes_first(cluster: Clu
 
 
 def test_due_checkpoint_that_does_not_come_up_is_named(cluster: Cluster) -> None:
-    job = cluster.submit(HOLDER, "-w", "n1", checkpoint="2s")
+    job = cluster.submit(HOLDER, "-w", "n1", checkpoint="1h")
+    job.wait_for_line("5")
+    cluster.on("ctl", "outlast", "checkpoint", job.id, user=True)
     job.wait_for("checkpoint", within=60)
     job.path("kept").rename(job.path("elsewhere"))
     done = cluster.try_on("n2", "outlast", "verify", "--due")
