@@ -47,8 +47,9 @@ fi
 # A virtual machine has no namespaces to enter; its operator's connection is kept open beside it.
 if [ -d "$directory/tools" ]; then
 	[ -S "/proc/$pid/root/run/console" ] || refuse "$host: the host is not booted yet" "wait some seconds"
-	printf -v words '%q ' env -i -C "$home" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-		LANG=C.UTF-8 HOME="$home" USER="$user" LOGNAME="$user" SHELL=/bin/bash "${become[@]}" -- "$@"
+	# Home is on NFS, where root may not even go: so first the user, then the directory.
+	printf -v words '%q ' env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
+		HOME="$home" USER="$user" LOGNAME="$user" SHELL=/bin/bash "${become[@]}" -- env -C "$home" "$@"
 	exec -c nsenter --target "$pid" --mount --net --root -- /usr/bin/ssh -F none -T -S /run/console root@console "exec $words"
 fi
 exec -c nsenter --target "$pid" --mount --uts --ipc --net --pid --cgroup -- /usr/bin/env -C "$home" \

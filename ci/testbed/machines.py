@@ -112,7 +112,7 @@ def wait(layout: Layout, name: str) -> None:
         if connection is None or Process.of(connection.pid) != connection:
             # Tried again when it ends, as it does where the machine's own tree is not there yet.
             options = (
-                *("BatchMode=yes", "LogLevel=ERROR", "ConnectTimeout=5", "ConnectionAttempts=200"),
+                *("BatchMode=yes", "LogLevel=ERROR", "ConnectTimeout=60", "ConnectionAttempts=200"),
                 *("ControlMaster=yes", "ControlPath=/run/console", "HostKeyAlias=console"),
                 *(f"IdentityFile=/{_OWN}/console_key", f"UserKnownHostsFile=/{_OWN}/console_known_hosts"),
             )

@@ -1,0 +1,125 @@
+"""The chain on nodes that are virtual machines: kernels of their own, cgroup v2, a home on NFS where root is nobody.
+
+'sudo scripts/test vm' runs these, on 'scripts/testbed up --vm'. QEMU plays the processors in software, so a node
+is tens of times slower than this machine: the waits are long, and no figure of here is one of a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.cluster import NODES, Cluster, Job
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+LONG = 300.0  # seconds that a step may take on a busy machine
+
+PRIVATE = """
+umask 077
+exec 3>> private
+i=0
+while [ $i -lt 60 ]; do
+    i=$((i + 1)); echo line $i; echo $i >&3; sleep 1
+done
+exit 7
+"""
+
+
+@pytest.fixture(scope="module")
+def vms(need: Callable[[str, str | None], None], module_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster of virtual machines, with alice's home closed to all but her."""
+    machines = (module_cluster.state / "machines").exists()
+    need("vm", None if machines else "the testbed's nodes are no virtual machines: scripts/testbed up --vm")
+    home = module_cluster.file("/shared/alice")
+    home.chmod(0o700)
+    yield module_cluster
+
+
+def lose(cluster: Cluster, job: Job, *, after: int) -> str:
+    """Cut the power of *job*'s node once it has so many checkpoints, and wait until it is restored; say where."""
+    job.wait_for("checkpoint", count=after, within=LONG)
+    cluster.cut_power(job.node)
+    return job.wait_for("restored", within=LONG).node
+
+
+def test_each_node_has_cgroup_v2_and_its_home_on_nfs_where_root_is_nobody(vms: Cluster) -> None:
+    releases = set()
+    for node in NODES:
+        kind = vms.on(node, "stat", "--file-system", "--format=%T", "/sys/fs/cgroup", "/shared").split()
+        assert kind == ["cgroup2fs", "nfs"]
+        assert vms.try_on(node, "ls", "/shared/alice").returncode != 0
+        assert vms.on(node, "ls", "-d", "/shared/alice", user=True)
+        assert vms.on(node, "which", "criu").strip() == "/usr/sbin/criu", "CRIU as it is, without a shim"
+        releases.add(vms.on(node, "uname", "-r").strip())
+
+    assert len(releases) == 2
+
+
+@pytest.mark.parametrize("program", ["lu", "lu.py"])
+def test_job_of_a_node_that_lost_its_power_goes_on_on_another(vms: Cluster, program: str) -> None:
+    sizes = {"lu": ("200", "60"), "lu.py": ("24", "60")}[program]
+    right = vms.on("ctl", *vms.program(program).split(), *sizes).splitlines()
+    command = " ".join([vms.program(program), *sizes, "--pace", "1"])
+    job = vms.submit(f"exec {command}", checkpoint="5s")
+    first = job.wait_for("started", within=LONG).node
+    second = lose(vms, job, after=2)
+    try:
+        end = job.wait_for_end(within=LONG)
+    finally:
+        vms.testbed("start-node", first, within=LONG)
+
+    assert second != first
+    assert end == ("COMPLETED", "0:0")
+    assert job.lines() == right
+    assert job.restarts == 1
+    assert job.history("restore-failed") == []
+    assert job.history("checkpoint-failed") == []
+
+
+def test_files_that_only_their_owner_may_reach_are_set_back_and_the_exit_code_is_the_jobs(
+    vms: Cluster,
+) -> None:
+    job = vms.submit(PRIVATE, checkpoint="5s")
+    vms.file(job.directory).chmod(0o700)
+    first = job.wait_for("started", within=LONG).node
+    lose(vms, job, after=2)
+    try:
+        end = job.wait_for_end(within=LONG)
+    finally:
+        vms.testbed("start-node", first, within=LONG)
+
+    assert end == ("FAILED", "7:0")
+    assert job.lines() == [f"line {number}" for number in range(1, 61)]
+    assert job.lines("private") == [str(number) for number in range(1, 61)]
+    assert job.path("private").stat().st_mode & 0o777 == 0o600
+
+
+def test_image_of_one_kernel_is_restored_on_another(vms: Cluster) -> None:
+    release = {node: vms.on(node, "uname", "-r").strip() for node in NODES}
+    newer = next(node for node in NODES if list(release.values()).count(release[node]) == 1)
+    older = next(node for node in NODES if node != newer)
+    job = vms.submit("i=0; while [ $i -lt 90 ]; do i=$((i + 1)); echo $i; sleep 1; done", "-w", older)
+    for target in (newer, older):
+        seen = len(job.history("restored"))
+        job.wait_for("checkpoint", count=len(job.history("checkpoint")) + 1, within=LONG)
+        vms.on("ctl", "outlast", "migrate", job.id, "--to", target, user=True, within=LONG)
+        there = job.wait_for("restored", count=seen + 1, within=LONG)
+        assert there.node == target
+
+    assert job.wait_for_end(within=LONG) == ("COMPLETED", "0:0")
+    assert job.lines() == [str(number) for number in range(1, 91)]
+
+
+def test_every_way_of_dumping_works_on_every_kernel(vms: Cluster) -> None:
+    for node in NODES:
+        said = json.loads(vms.try_on(node, "outlast", "doctor", "--json", within=LONG).stdout)
+        dumps = {one["what"]: one["verdict"] for one in said["findings"] if one["what"].startswith("dumps")}
+
+        assert dumps == {
+            "dumps, plain": "ok",
+            "dumps, lazy": "ok",
+            "dumps, forked": "ok",
+        }, node
