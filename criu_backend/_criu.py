@@ -26,6 +26,7 @@ from criu_backend._capsule import (
 )
 from criu_backend._headroom import Headroom
 from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid, statistics
+from criu_backend._owner import as_owner
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._ports import free_ports
 from criu_backend._predicted import Mispredicted
@@ -213,7 +214,10 @@ class Criu:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=clean_environment(OUTLAST_NOTIFY=os.fspath(path), **call.environment),
+                env=as_owner(
+                    clean_environment(OUTLAST_NOTIFY=os.fspath(path), **call.environment),
+                    next(capsule.tasks(), None),
+                ),
                 start_new_session=True,
                 pass_fds=call.fds if lock_fd is None else [*call.fds, lock_fd],
             )
@@ -270,20 +274,16 @@ class Criu:
             last_pid = highest_pid(images)
             rearm_timers(images)
             free_ports(images)
-            loaded = [f"LD_PRELOAD={REAPER_LIBRARY}", f"OUTLAST_ROOT={root_pid(images)}"]
+            loaded = {"LD_PRELOAD": os.fspath(REAPER_LIBRARY), "OUTLAST_ROOT": str(root_pid(images))}
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
-        command = ["/usr/bin/env", *loaded, self._program, "restore", "--images-dir", os.fspath(images)]
-        command += [
-            "--log-file",
-            log.name,
-            "-v2",
-            "--restore-detached",
-            "--pidfile",
-            os.fspath(state / "restored.pid"),
-            "--network-lock=nftables",
-            *_common_options(tcp),
+        command = [
+            "/usr/bin/env",
+            *(f"{key}={value}" for key, value in as_owner(loaded, context.pid).items()),
         ]
+        command += [self._program, "restore", "--images-dir", os.fspath(images)]
+        command += ["--log-file", log.name, "-v2", "--pidfile", os.fspath(state / "restored.pid")]
+        command += ["--restore-detached", "--network-lock=nftables", *_common_options(tcp)]
         for fd, what in inherit:
             command += ["--inherit-fd", f"fd[{INHERITED_STDIO + fd}]:{what}"]
         if stopped:

@@ -52,7 +52,8 @@ asked = 0
 open("ready." + who, "w").close()
 while True:
     if os.path.exists(f"ask.{{asked}}"):
-        steps = [a - b for a, b in zip(table, table[1:])]
+        now = table[:]  # in one step, beside which the thread makes none
+        steps = [a - b for a, b in zip(now, now[1:])]
         good = hashlib.sha256(data).digest() == before and max(steps) <= 1 and min(steps) >= 0
         with open("answer.new." + who, "w") as file:
             file.write("whole" if good else "its memory is not what it was")

@@ -24,7 +24,7 @@ from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
 from outlast.manager._pace import paced
 from outlast.manager._run import Run, keep_log
-from outlast.manager._saving import declared, save
+from outlast.manager._saving import declared, make_durable, save
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Store, open_store
 
@@ -219,6 +219,7 @@ class Checkpointer:
             images.mkdir(mode=0o700, parents=True)
             files: list[dict[str, Any]] = []
             with self._dump(images, lock, files, mode) as result:
+                make_durable(files, self._run.uid)
                 meta = self._meta(result, files)
                 begin = time.monotonic()
                 checkpoint = self._ship(store, id_, images, result, meta, overtaken)

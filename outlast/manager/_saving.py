@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -86,7 +87,7 @@ def save(
             entry["parents"] = _parents(Path(file.path), uid)
             entry["memory"] = Path(file.path).is_relative_to("/dev/shm")  # noqa: S108 - looked at, not used
         if not (file.mapped or here or not file.appends):
-            entry["ends"] = _checksum(file.link, file.info.st_size)
+            entry["ends"] = _checksum(file.link, file.info.st_size, uid)
             continue
         key = "save_mapped" if file.mapped else "save_files"
         room = file.info.st_blocks * 512 <= budget[key]
@@ -98,7 +99,7 @@ def save(
         name = f"saved-{len(found)}"
         if room:
             try:
-                _copy(file.link, images / name)
+                _copy(file.link, images / name, uid)
             except OSError as error:
                 if file.mapped:
                     raise OutlastError(f"{file.path}: cannot be saved: {error.strerror}") from None
@@ -111,7 +112,7 @@ def save(
         elif file.writes and not file.appends:
             entry["mtime_ns"] = file.info.st_mtime_ns
         else:
-            entry["ends"] = _checksum(file.link, file.info.st_size)
+            entry["ends"] = _checksum(file.link, file.info.st_size, uid)
     return found
 
 
@@ -141,6 +142,32 @@ def sources(
         yield found
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def make_durable(files: Iterable[Mapping[str, Any]], uid: int) -> None:
+    """Have *files*, as `save` and `declared` found them, lie on their server or disk and not in this node's memory.
+
+    A restore elsewhere finds of an NFS file what has been written to its server. Takes as long as that takes, so
+    the job should run meanwhile.
+
+    Raises:
+        OutlastError: a file could not be written, such as for want of room; the checkpoint is worth nothing.
+    """
+    for entry in files:
+        if "path" not in entry or "saved" in entry:
+            continue
+        try:
+            with _as_user(uid):
+                file = os.open(entry["path"], os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone or closed to its owner by now; a restore would say so
+        try:
+            os.fsync(file)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what has nothing to write
+                raise OutlastError(f"{entry['path']}: cannot be written out: {error.strerror}") from None
+        finally:
+            os.close(file)
 
 
 def declared(directory: str, patterns: Sequence[str], uid: int) -> list[dict[str, Any]]:
@@ -264,10 +291,19 @@ def _parents(path: Path, uid: int) -> list[tuple[str, int]]:
     return found[::-1]
 
 
-def _checksum(link: str, size: int) -> int | None:
+def _open(link: str, uid: int) -> int:
+    """Open the file behind *link* to read: as its owner, whom NFS lets, else as root, from whom little is hidden."""
+    try:
+        with _as_user(uid):
+            return os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _checksum(link: str, size: int, uid: int) -> int | None:
     """Return what `outlast.set_back.checksum` does of the first *size* bytes; None where they are unreadable."""
     try:
-        file = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+        file = _open(link, uid)
     except OSError:
         return None
     try:
@@ -279,9 +315,9 @@ def _checksum(link: str, size: int) -> int | None:
         os.close(file)
 
 
-def _copy(link: str, target: Path) -> None:
+def _copy(link: str, target: Path, uid: int) -> None:
     """Copy the file behind *link*, holes as holes."""
-    source = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    source = _open(link, uid)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with os.fdopen(os.open(target, flags, 0o600), "wb") as copy:
