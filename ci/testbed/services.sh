@@ -51,6 +51,10 @@ ctl)
 node)
 	as munge munged
 	install -d /var/spool/slurmd /var/log/slurm
+	# On a virtual machine, whose first start of anything is slow, the self-test would fall to the first job.
+	if [ -e /usr/local/lib/testbed/ganesha.conf ] && [ -x /usr/bin/outlast ]; then
+		outlast doctor >/var/log/outlast/doctor.log 2>&1
+	fi
 	slurmd
 	;;
 esac

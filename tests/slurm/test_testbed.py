@@ -5,123 +5,23 @@ $OUTLAST_TESTBED_KEEP=1 uses the cluster that is up already, and leaves it up.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.slurm.testbeds import DEFAULT_STATE, NOTHING, Testbed, eventually
+
 # The first `up` on a machine makes the root file system, from a mirror.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "testbed"
-DEFAULT_STATE = Path("/var/lib/outlast-testbed")
 SFTP_OPTIONS = (
     *("-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "IdentitiesOnly=yes"),
     *("-o", "UserKnownHostsFile=/etc/outlast/known_hosts", "-i", "/etc/outlast/store.key"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Testbed:
-    """One testbed, by its state directory; what it says is checked by looking at the machine itself."""
-
-    __test__ = False
-
-    state: Path
-
-    @property
-    def tag(self) -> str:
-        return "outlast-" + hashlib.sha256(os.fsencode(self.state)).hexdigest()[:8]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return os.environ | {"OUTLAST_TESTBED_DIR": str(self.state)}
-
-    def try_(
-        self, *words: str, stdin: str = "", within: float = 60, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [SCRIPT, *words],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=within,
-            env=self.environment | variables,
-        )
-
-    def __call__(self, *words: str, stdin: str = "", within: float = 60) -> str:
-        done = self.try_(*words, stdin=stdin, within=within)
-        assert done.returncode == 0, (
-            f"testbed {' '.join(words)}: {done.returncode}: {done.stdout}{done.stderr}"
-        )
-        return done.stdout
-
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [SCRIPT, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self.environment,
-        )
-
-    def hosts(self) -> dict[str, dict[str, object]]:
-        return {host["host"]: host for host in json.loads(self("status", "--json"))["hosts"]}
-
-    def processes(self) -> list[str]:
-        """All on the machine that is in this testbed's cgroups, or in a mount namespace with its files."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                said = (process / "cgroup").read_text() + (process / "mountinfo").read_text()
-                if self.tag in said or str(self.state).replace(" ", "\\040") in said:
-                    found.append(f"{process.name}: {(process / 'comm').read_text().strip()}")
-        return found
-
-    def cgroups(self) -> list[str]:
-        return [top for top, _, _ in os.walk("/sys/fs/cgroup") if self.tag in top]
-
-    def left(self) -> dict[str, object]:
-        """All that the testbed has on this machine: nothing of it may be there after `down`."""
-        return {
-            "processes": self.processes(),
-            "cgroups": self.cgroups(),
-            "state": sorted(self.state.parent.glob(self.state.name)),
-        }
-
-
-NOTHING: dict[str, object] = {"processes": [], "cgroups": [], "state": []}
-
-
-def eventually(true: Callable[[], object], *, within: float, what: str) -> None:
-    until = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < until, f"not within {within:g} s: {what}"
-        time.sleep(0.1)
-
-
-def _names_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-
-
-def machine_wide() -> dict[str, set[str]]:
-    """What the whole machine sees: none of it may differ by a testbed, not even while it is up."""
-    return {
-        "mounts": set(Path("/proc/self/mounts").read_text().splitlines()),
-        "links": _names_in(Path("/sys/class/net")),
-        "network namespaces": _names_in(Path("/run/netns")),
-    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,14 +61,6 @@ def cluster(testbed: Testbed) -> Iterator[Testbed]:
 def idle_nodes(testbed: Testbed) -> set[str]:
     lines = testbed("exec", "ctl", "sinfo", "--noheader", "--Node", "--format=%N %t").splitlines()
     return {line.split()[0] for line in lines if line.endswith(" idle")}
-
-
-@pytest.fixture
-def second(tmp_path: Path) -> Iterator[Testbed]:
-    """A testbed beside the first that is not up, for tests that start and break it."""
-    other = Testbed(tmp_path / "an other")
-    yield other
-    other("down")
 
 
 def test_a_job_of_one_user_runs_on_all_nodes(cluster: Testbed) -> None:
@@ -407,71 +299,3 @@ def test_up_while_up_changes_nothing(testbed: Testbed) -> None:
         assert "is up already" in done.stderr
         assert done.returncode == 0
     assert testbed.hosts() == before
-
-
-def test_nothing_of_a_testbed_is_seen_machine_wide_and_nothing_stays_after_down(second: Testbed) -> None:
-    before = machine_wide()
-    second("up", "--no-product", within=500)
-    during = machine_wide()
-    # What a job's owner may leave behind: a daemon in a session and namespaces of its own.
-    second("exec", "n1", "sh", "-c", "setsid unshare --mount --pid --fork sleep 4245 >/dev/null 2>&1 &")
-    second("kill-node", "n2")
-    second("cut", "n3")
-    second("down")
-
-    assert during == before
-    assert second.left() == NOTHING
-    second("down")
-    assert second.left() == NOTHING
-    assert machine_wide() == before
-
-
-def test_down_finds_everything_when_its_files_are_lost(second: Testbed) -> None:
-    second("up", "--no-product", within=500)
-    shutil.rmtree(second.state, ignore_errors=True)
-    second("down")
-
-    assert second.left() == NOTHING
-
-
-@pytest.mark.parametrize("attempt", range(4))
-def test_an_up_that_is_killed_leaves_what_down_clears(second: Testbed, attempt: int) -> None:
-    first = second.start("up", "--no-product")
-    delay = random.Random(attempt).uniform(0.2, 1.5)  # noqa: S311
-    time.sleep(delay)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second("down")
-
-    assert second.left() == NOTHING, f"killed after {delay:.2f} s"
-
-
-def test_an_up_that_is_killed_is_cleared_by_the_next(second: Testbed) -> None:
-    first = second.start("up", "--no-product")
-    time.sleep(1.0)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second("up", "--no-product", within=500)
-
-    assert {host["state"] for host in second.hosts().values()} == {"up"}
-
-
-def test_an_up_that_is_told_to_stop_clears_after_itself(second: Testbed) -> None:
-    first = second.start("up", "--no-product")
-    eventually(lambda: second.processes(), within=500, what="a host has started")
-    first.send_signal(signal.SIGTERM)
-    code = first.wait(timeout=60)
-
-    assert code == 128 + signal.SIGTERM
-    assert second.left() == NOTHING
-
-
-def test_a_directory_that_is_not_a_testbeds_is_left_alone(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.touch()
-    other = Testbed(tmp_path)
-    up, down = other.try_("up", "--no-product", within=500), other.try_("down")
-
-    assert (up.returncode, down.returncode) == (1, 1)
-    assert "not a testbed's" in up.stderr
-    assert precious.exists()
