@@ -43,7 +43,7 @@ def up(
         checkout: what to install the product from; None for a cluster without it.
         languages: install more languages on all hosts.
         with_machines: have each node be a virtual machine with a kernel of its own.
-        patience: seconds until a cluster that does not come up is given up; four times as long for machines.
+        patience: seconds until a cluster that does not come up is given up; eight times as long for machines.
 
     Raises:
         TestbedError: it cannot be started, and nothing of it is left; or one with another product is up.
@@ -57,7 +57,7 @@ def up(
     if with_machines:
         machines.require()
         product += " on virtual machines"
-        patience *= 4
+        patience *= 8
     with locked(layout):
         if layout.up_mark.exists() and switch.ports(layout):
             if layout.up_mark.read_text() != product:

@@ -21,7 +21,7 @@ _OWN = "usr/local/lib/testbed"
 _MEMORY = "1G"
 # Debian 13's own kernel, and the next release's on one node: images go from either to the other.
 _KERNELS = {"n3": "forky"}
-_BOOT_SECONDS = 240.0
+_BOOT_SECONDS = 480.0
 
 # A machine that QEMU plays is tens of times slower than this one: what a site would set for slow nodes.
 SLOW = """

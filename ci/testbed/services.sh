@@ -51,9 +51,10 @@ ctl)
 node)
 	as munge munged
 	install -d /var/spool/slurmd /var/log/slurm
-	# On a virtual machine, whose first start of anything is slow, the self-test would fall to the first job.
+	# On a virtual machine, whose first start of anything is slow, it would fall to the first job's prolog.
 	if [ -e /usr/local/lib/testbed/ganesha.conf ] && [ -x /usr/bin/outlast ]; then
-		outlast doctor >/var/log/outlast/doctor.log 2>&1
+		outlast hook prolog --help >/dev/null
+		python3 -c 'import outlast.manager._daemon'
 	fi
 	slurmd
 	;;
