@@ -23,6 +23,8 @@ class Leases:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._holding: set[Lease] = set()
+        # What the names of the last listing say: a watcher reads thousands of the same in each cycle.
+        self._read: dict[tuple[str, str], Lease | None] = {}
 
     def renew(self, lease: Lease) -> None:
         """See `Store.renew_lease`."""
@@ -55,8 +57,10 @@ class Leases:
         """See `Store.leases`."""
         now = self._backend.clock()  # before the listing, so that no age comes out too large
         newest: dict[JobKey, LeaseView] = {}
+        before, self._read = self._read, {}
         for entry in self._backend.list(f"leases/{cluster}"):
-            lease = _lease(cluster, entry.name)
+            key = (cluster, entry.name)
+            lease = self._read[key] = before[key] if key in before else _lease(*key)
             if lease is None:
                 continue
             age = max(0.0, now - entry.mtime - self._backend.mtime_step)

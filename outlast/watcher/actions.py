@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from outlast.model import CheckpointId, Crash, Lease, LeaseView, SchedulerJob, SchedulerNode
+from outlast.policy import RestartPolicy
 
 # The event of a job that was migrated to a node of somebody's choice.
 BOUND = "bound"
@@ -76,6 +77,11 @@ class Snapshot:
         for one in self.done:
             found.setdefault(one.run.job_id, []).append(one)
         return found
+
+    @cached_property
+    def policies(self) -> dict[str, RestartPolicy]:
+        """Those of partitions, once they were looked up."""
+        return {}
 
     @cached_property
     def node_named(self) -> Mapping[str, SchedulerNode]:

@@ -196,7 +196,7 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if view.age >= config.watcher.exclude or not (node and (marked == node or _is_gone(node, snapshot))):
         return Leave(run, "the job waits for a node")
     losses = restarts.losses(known, snapshot.now)
-    policy = config.restart.policy(job.partition)
+    policy = restarts.policy_of(job, snapshot, config)
     if losses > policy.budget:
         return Hold(job, f"its node was lost {losses} times within a day, and its budget is {policy.budget}")
     # Machines die without the job's doing: only a job that loses one after the other is put off.

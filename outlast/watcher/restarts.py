@@ -54,6 +54,13 @@ def has_crashed(job: SchedulerJob) -> bool:
     return job.state is JobState.FAILED and bool({"FAILED", "OUT_OF_MEMORY"} & {*job.raw_state.split("+")})
 
 
+def policy_of(job: SchedulerJob, snapshot: Snapshot, config: Config) -> RestartPolicy:
+    """Return the policy of the partition of *job*; there may be thousands of jobs, and few partitions."""
+    if job.partition not in snapshot.policies:
+        snapshot.policies[job.partition] = config.restart.policy(job.partition)
+    return snapshot.policies[job.partition]
+
+
 def losses(done: Iterable[Done], now: float) -> int:
     """Return how many runs of a job were lost with their nodes within a day of *now*, by what was *done* for it."""
     lost = {one.run for one in done if one.event == MarkDown.event and not one.refused}
