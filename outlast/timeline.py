@@ -149,6 +149,10 @@ def read_history(
             epoch = int(event.get("epoch") or 0)
             open_ = Run(node, epoch, at, at, "unknown", event.get("checkpoint"), None, restore)
             history.runs.append(open_)
+            if "made" in event:
+                # The node that made it may have died before it could tell.
+                name = str(event["checkpoint"]).partition("@")[2]
+                begun.setdefault(name, (str(event["made_on"]), float(event["made"])))
         elif word in _ENDS and open_ is not None and node == open_.node:
             close(at, word)
         elif word in _LOST:

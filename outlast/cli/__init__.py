@@ -87,17 +87,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OutlastError as error:
         if args.debug:
             raise
-        if getattr(args, "json", False):
-            fault = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
-            print(json.dumps(fault), file=sys.stderr)
-            return error.exit_code
-        print(f"outlast: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"outlast: {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return _tell(args, error)
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python must not complain of it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except PermissionError as error:
+        if args.debug:
+            raise
+        return _tell(
+            args, OutlastError(f"{error.filename}: {error.strerror}", hint="this may be root's to do")
+        )
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _tell(args: argparse.Namespace, error: OutlastError) -> int:
+    """Say on standard error what is wrong; return the exit code."""
+    if getattr(args, "json", False):
+        fault = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
+        print(json.dumps(fault), file=sys.stderr)
+        return error.exit_code
+    print(f"outlast: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"outlast: {error.hint}", file=sys.stderr)
+    return error.exit_code

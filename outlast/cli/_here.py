@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from outlast import terminal
+from outlast import audit, terminal
 from outlast.cli._common import AddVerb, config_of, print_json, with_json
 from outlast.errors import ConfigError, OutlastError, UsageError
 from outlast.model import JobKey, parse_checkpoint_name, parse_pace
@@ -96,7 +96,8 @@ def _recover(args: argparse.Namespace) -> None:
         raise UsageError("recover: CRIU needs root", hint="run it with sudo")
     config = config_of(args)
     name = args.name or f"recover-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-    uid, argv = foreign.adopt(config, args.checkpoint, name)
+    with audit.attempt("recover", job=args.checkpoint.partition("@")[0], checkpoint=args.checkpoint, to=name):
+        uid, argv = foreign.adopt(config, args.checkpoint, name)
     _announce(args, job=name, checkpoint=args.checkpoint, uid=uid, argv=argv)
     hooks.run_standalone(args.config, config.store.url, name, args.interval, argv, first=False, uid=uid)
 
@@ -115,6 +116,8 @@ def _verify(args: argparse.Namespace) -> None:
         bad = []
         all_found = []
         for found in verify_due(config):
+            facts = {"checkpoint": found["checkpoint"], "ok": found["ok"]}
+            audit.record("verify", job=str(found["checkpoint"]).partition("@")[0], **facts)
             all_found.append(found)
             bad += [] if found["ok"] else [sentence(found)]
             if found["ok"] and not args.json:
@@ -125,7 +128,10 @@ def _verify(args: argparse.Namespace) -> None:
             raise OutlastError("\n".join(bad))
         return
     job_id, id_ = parse_checkpoint_name(args.checkpoint)
-    with terminal.progress(f"{args.checkpoint}: fetched and restored"):
+    with (
+        audit.attempt("verify", job=job_id, checkpoint=args.checkpoint),
+        terminal.progress(f"{args.checkpoint}: fetched and restored"),
+    ):
         found = verify(config, JobKey(config.cluster, job_id), id_)
     if args.json:
         print_json(found)

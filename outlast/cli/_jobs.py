@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outlast import control, terminal
+from outlast import audit, control, terminal
 from outlast.cli._common import (
     RUNTIME,
     AddVerb,
@@ -130,7 +130,9 @@ def _checkpoint(args: argparse.Namespace) -> None:
     if args.pid is not None:
         from outlast import foreign
 
-        name = foreign.checkpoint(config_of(args), args.pid, args.job or f"pid-{args.pid}")
+        job = args.job or f"pid-{args.pid}"
+        with audit.attempt("checkpoint", job=job, pid=args.pid):
+            name = foreign.checkpoint(config_of(args), args.pid, job)
         print_json({"name": name}) if args.json else print(name)
         return
     if args.job is None:

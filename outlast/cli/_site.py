@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from outlast import storekeeper, terminal
+from outlast import audit, storekeeper, terminal
 from outlast.cli._common import RUNTIME, AddVerb, config_of, print_json, with_json
 from outlast.config import Config, config_files, explain_config, read_config
 from outlast.errors import ConfigError
@@ -118,4 +118,11 @@ def _as_json(line: str) -> str:
 
 def _store(args: argparse.Namespace) -> None:
     """Make the key of the checkpoint store; check, tidy and measure it (for root on a node)."""
-    storekeeper.run(config_of(args), args, print)
+    what = args.act.__name__.strip("_")
+    if what == "stats":
+        storekeeper.run(config_of(args), args, print)
+        return
+    checkpoint = getattr(args, "checkpoint", None)
+    job = checkpoint.partition("@")[0] if checkpoint else getattr(args, "job", None) or ""
+    with audit.attempt(f"store {what}", job=job, **({"checkpoint": checkpoint} if checkpoint else {})):
+        storekeeper.run(config_of(args), args, print)

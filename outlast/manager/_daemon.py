@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from criu_backend import Capsule, CapsuleError, Criu, CriuError
-from outlast import control
+from outlast import audit, control
 from outlast.config import Config, StoreConfig
 from outlast.control import Peer
 from outlast.errors import ConfigError, LeaseLost, OutlastError, UsageError
@@ -45,6 +45,9 @@ from outlast.scheduler.slurm import SlurmScheduler
 from outlast.store import Store, open_store
 
 log = logging.getLogger(__name__)
+
+# Requests that have nothing to do with an image, or come from the job itself and become events.
+_LOOKS = frozenset({"status", "explain", "ckpt", "job-ended"})
 
 RUNTIME = Path("/run/outlast/jobs")
 
@@ -124,7 +127,8 @@ class Manager:
             if inherited is None:
                 self._launcher.connect(self._job)
             threading.Thread(target=self._serve_shims, args=(shim_listener,), daemon=True).start()
-            threading.Thread(target=control.serve, args=(control_listener, self._handle), daemon=True).start()
+            handle = audit.audited(self._handle, _LOOKS)
+            threading.Thread(target=control.serve, args=(control_listener, handle), daemon=True).start()
             heartbeat = threading.Thread(target=self._heartbeat, daemon=True)
             heartbeat.start()
             if inherited is not None:
@@ -285,7 +289,7 @@ class Manager:
             with open_store(self._config.store) as store:
                 epoch = first_epoch_of(store, self._job)
         self._await_predecessor(shim)
-        self._events.epoch = epoch
+        self._events.epoch, self._events.uid = epoch, shim.peer.uid
         run = Run(self._job, epoch, shim.peer.uid, self._node, interval, shim.argv, self._directory)
         run.auto = chosen is None
         run.mom = self._mom

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from outlast import audit
 from outlast.errors import StoreRefused, StoreUnavailable
 from outlast.model import JobKey
 from outlast.store import Store
@@ -15,6 +16,8 @@ from outlast.store import Store
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKLOG = 10000
+# Events that tell of an image that was written or read, and what the audit log calls that.
+_IMAGES = {"checkpoint": "checkpoint", "restored": "restore", "restore-failed": "restore"}
 # What a checkpoint's event tells in figures: milliseconds, bytes, bytes, seconds.
 _SUMMED = ("pause_ms", "image_bytes", "stored_bytes", "ship_s")
 
@@ -28,6 +31,7 @@ class EventLog:
         self._lock = threading.Lock()
         self._pending: list[dict[str, Any]] = []
         self.epoch = 0
+        self.uid: int | None = None  # the job's owner, once he is known
         self._counts: collections.Counter[str] = collections.Counter()
         self._sums: dict[str, float] = dict.fromkeys(_SUMMED, 0.0)
         self._newest: float | None = None
@@ -35,6 +39,10 @@ class EventLog:
     def add(self, event: str, text: str, **details: Any) -> None:  # noqa: ANN401 - any JSON value
         """Record *event*, one of the words of docs/operate.md, with *text* for people."""
         log.info("%s: %s", event, text, extra={"event": event, "checkpoint": details.get("checkpoint")})
+        if event in _IMAGES:
+            refused = event == "restore-failed"
+            facts = {"checkpoint": details.get("checkpoint"), "by": "manager"}
+            audit.record(_IMAGES[event], job=self._job.job_id, uid=self.uid, refused=refused, **facts)
         now = time.time()
         entry = {"time": now, "node": self._node, "epoch": self.epoch, "event": event, "text": text}
         with self._lock:

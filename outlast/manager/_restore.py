@@ -113,6 +113,8 @@ class Restorer:
             f"{name}, made on {checkpoint.meta['node']}, runs again after {seconds:.2f} s"
             + ("; its pages follow" if follow else ""),
             checkpoint=name,
+            made=checkpoint.created,
+            made_on=checkpoint.meta["node"],
             fetch_s=round(fetched - begin, 3),
             restore_s=round(seconds - (fetched - begin), 3),
             post_copy=follow,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from outlast import control
+from outlast import audit, control
 from outlast.config import Config
 from outlast.errors import ConfigError, OutlastError
 from outlast.exposition import serve
@@ -27,6 +27,9 @@ from outlast.watcher.loop import Loop, Wake
 from outlast.watcher.turns import Turn
 
 log = logging.getLogger(__name__)
+
+# Requests that show what there is, and the scheduler's own.
+_LOOKS = frozenset({"status", "list", "show", "events", "interval", "ended"})
 
 
 def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
@@ -58,9 +61,10 @@ def run(config: Config, *, scheduler: Scheduler | None = None) -> None:
             desk = Desk(config, scheduler, leases=lambda: loop.leases, wake=wake.set)
             path.parent.mkdir(parents=True, exist_ok=True)
             listener = control.listen(path)
-            threading.Thread(target=control.serve, args=(listener, desk.handle), daemon=True).start()
             figures = Figures(loop)
             stop_serving = _serve_figures(config.watcher.metrics, figures)
+            handle = audit.audited(desk.handle, _LOOKS)
+            threading.Thread(target=control.serve, args=(listener, handle), daemon=True).start()
             log.info("watching cluster %s; requests at %s", config.cluster, path)
             try:
                 _watch(loop, turn, wake, ending, config.watcher.cycle, figures)

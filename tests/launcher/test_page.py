@@ -315,6 +315,11 @@ BACK = event(140, "n2", "restored", checkpoint="7@0.1")
             [START, DUMP, DONE, LATER, DOWN, BACK | {"checkpoint": "7@0.2"}],
             [["n1", 100, 130, "lost", 120], ["n2", 140, 200, "running", None]],
         ),
+        # It could not even tell that it had begun: the node that restored it says when it was made.
+        (
+            [START, DUMP, DONE, DOWN, BACK | {"checkpoint": "7@0.2", "made": 121, "made_on": "n1"}],
+            [["n1", 100, 130, "lost", 121], ["n2", 140, 200, "running", None]],
+        ),
         # There was no checkpoint: everything is computed again.
         (
             [START, DOWN, event(140, "n2", "started"), event(140, "n2", "begun-again")],

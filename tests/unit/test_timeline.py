@@ -75,6 +75,14 @@ def test_a_dead_nodes_last_checkpoint_is_known_from_the_store() -> None:
     assert history.runs[0].again == 121
 
 
+def test_a_dead_nodes_last_checkpoint_is_known_from_the_restore() -> None:
+    back = {**BACK_2, "made": 122.0, "made_on": "n1"}
+    history = read_history("7", [START, DUMP, DONE, DOWN, back], running_at=200)
+
+    assert history.runs[0].again == 122
+    assert history.cost.saved_s == 22
+
+
 def test_what_was_saved_is_what_had_been_computed_before_the_checkpoint() -> None:
     second = [
         event(150, "n2", "dump", "checkpoint 1.1 begins"),

@@ -150,7 +150,7 @@ function checkpointRow(one) {
     element("td", { class: "num" }, size(one.image_bytes)),
     element("td", { class: "num" }, size(one.stored_bytes)),
     element("td", { class: "num" }, milliseconds(one.pause_ms)),
-    element("td", {}, element("button", { type: "button", class: "button small", "aria-label": `Restart from ${one.name}` }, "Restart from here")),
+    element("td", {}, element("button", { type: "button", class: "button small", "aria-label": `Restart from ${one.name}` }, "Restart")),
   );
 }
 

@@ -31,7 +31,7 @@ export function read(events, row, now, stored = []) {
         failures.push({ word: "lost", text: "nothing more was heard of this run", at: open.last, node: open.node });
         close(open.last, "lost");
       }
-      open = { node, start: at, end: null, how: null, word, from: event.checkpoint || null, epoch: event.epoch, last: at };
+      open = { node, start: at, end: null, how: null, word, from: event.checkpoint || null, made: event.made && { node: event.made_on, begin: event.made }, epoch: event.epoch, last: at };
       runs.push(open);
     } else if (ENDS.has(word) && open && node === open.node) {
       close(at, word);
@@ -63,7 +63,7 @@ export function read(events, row, now, stored = []) {
     const listed = stored.find((one) => one.name === later.from);
     const kept =
       later.from &&
-      (checkpoints.get(later.from) || dumps.get(later.from.split("@")[1]) || (listed && { node: listed.node, begin: listed.created }));
+      (checkpoints.get(later.from) || dumps.get(later.from.split("@")[1]) || (listed && { node: listed.node, begin: listed.created }) || later.made);
     if (!later.from) run.again = run.start;
     else if (kept && kept.node === run.node && kept.begin >= run.start) run.again = kept.begin;
   }
