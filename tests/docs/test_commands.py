@@ -24,6 +24,7 @@ ELSEWHERE = {
     "sudo scripts/test": "this is a part of it",
     "sudo scripts/demo --keep": "tests/docs runs it without --keep, and has a testbed of its own",
     "export OUTLAST_APPEND": "tests/slurm/test_chain_files.py",
+    "export PMIX_MCA": "the part languages: tests/criu/kinds/table.py, Open MPI",
     "mpirun": "the part languages: tests/criu/kinds/table.py, Open MPI",
 }
 
