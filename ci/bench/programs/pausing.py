@@ -1,6 +1,7 @@
 """Runs on a node: the pauses of one job, as it sees them itself.
 
-pausing.py PROGRAM MIB HUGE PROCESSES ROUNDS prints JSON: lists of milliseconds, by variant.
+pausing.py PROGRAM MIB HUGE PROCESSES ROUNDS prints JSON: lists of milliseconds, by variant. Where DMTCP is installed,
+its own checkpoints of the same program, into the same tmpfs and without gzip, are one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from criu_backend import Capsule, Context, Criu, start_capsule
@@ -25,11 +26,10 @@ _TMPFS, _DISK = Path("/run"), Path("/var/tmp")
 _VARIANTS = (("plain, tmpfs", "plain", _TMPFS), ("plain, disk", "plain", _DISK), ("forked", "forked", _TMPFS))
 
 
-class Job:
-    """The program, running in a capsule."""
+class Program:
+    """The program, running, as far as its output tells of it."""
 
-    def __init__(self, capsule: Capsule, output: Path, processes: int) -> None:
-        self.capsule = capsule
+    def __init__(self, output: Path, processes: int) -> None:
         self._output = output
         self._processes = processes
         self._await("ready")
@@ -43,6 +43,24 @@ class Job:
         gaps = [float(line.split()[1]) for line in self._lines()[before:] if line.startswith("gap ")]
         return max(gaps, default=0.0) * 1e3
 
+    def _await(self, start: str, before: int = 0) -> None:
+        until = time.monotonic() + _SECONDS
+        while sum(line.startswith(start) for line in self._lines()[before:]) < self._processes:
+            if time.monotonic() > until:
+                sys.exit(f"the job did not say {start!r} within {_SECONDS:.0f} s")
+            time.sleep(0.02)
+
+    def _lines(self) -> list[str]:
+        return self._output.read_text().splitlines()
+
+
+class Job(Program):
+    """The program, running in a capsule."""
+
+    def __init__(self, capsule: Capsule, output: Path, processes: int) -> None:
+        self.capsule = capsule
+        super().__init__(output, processes)
+
     def forks(self) -> float:
         """Return how long fork() takes, in ms: the sum of all processes, one after the other."""
         before = len(self._lines())
@@ -53,16 +71,6 @@ class Job:
         return (
             sum(float(line.split()[1]) for line in self._lines()[before:] if line.startswith("fork ")) * 1e3
         )
-
-    def _await(self, start: str, before: int = 0) -> None:
-        until = time.monotonic() + _SECONDS
-        while sum(line.startswith(start) for line in self._lines()[before:]) < self._processes:
-            if time.monotonic() > until:
-                sys.exit(f"the job did not say {start!r} within {_SECONDS:.0f} s")
-            time.sleep(0.02)
-
-    def _lines(self) -> list[str]:
-        return self._output.read_text().splitlines()
 
 
 @contextlib.contextmanager
@@ -104,6 +112,30 @@ def pause(job: Job, mode: str, where: Path) -> float:
         shutil.rmtree(images)
 
 
+def dmtcp(argv: Sequence[str], processes: int, rounds: int) -> list[float]:
+    """Return the pauses, in ms, of the program under DMTCP, which checkpoints into tmpfs."""
+    with contextlib.ExitStack() as closing:
+        place = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="pausing-", dir=_TMPFS)))
+        port = place / "port"
+        output = closing.enter_context((place / "output").open("w"))
+        launch = ["dmtcp_launch", "--new-coordinator", "--coord-port", "0", "--port-file", str(port)]
+        launch += ["--no-gzip", "--quiet", "--ckptdir", str(place / "images")]
+        subprocess.Popen([*launch, *argv], stdin=subprocess.DEVNULL, stdout=output)
+
+        def command(word: str) -> None:
+            to = ["dmtcp_command", "--coord-port", port.read_text().strip(), word]
+            subprocess.run(to, check=True, stdout=subprocess.DEVNULL)
+
+        program = Program(place / "output", processes)
+        closing.callback(command, "--quit")
+        found = []
+        for _ in range(rounds):
+            found.append(program.during(lambda: command("--bcheckpoint")))
+            shutil.rmtree(place / "images", ignore_errors=True)
+            (place / "images").mkdir()
+    return found
+
+
 def main() -> None:
     """Measure, and print what was measured."""
     program, *numbers = sys.argv[1:]
@@ -115,6 +147,8 @@ def main() -> None:
                 found.setdefault(variant, []).append(pause(job, mode, where))
             found.setdefault("fork()", []).append(job.forks())
             found.setdefault("metadata", []).append(pause(empty, "plain", _TMPFS))
+    if shutil.which("dmtcp_launch") is not None:
+        found["DMTCP"] = dmtcp([program, *map(str, (mib, huge, processes))], processes, rounds)
     print(json.dumps(found))
 
 
