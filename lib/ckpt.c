@@ -9,6 +9,7 @@
 #include "outlast.h"
 #include "private.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
@@ -207,26 +208,59 @@ static int await(const char *directory, const char *run, const char *number, con
 	}
 }
 
-static const char *job_directory(void)
+/* Whether the manager in this directory knows the calling process as one of its job's. */
+static int knows_me(const char *directory)
 {
-	const char *directory = getenv("OUTLAST_JOB");
-	char run[TICKET];
+	char reply[REPLY];
 
-	return directory != NULL && read_link(directory, "run", run, sizeof(run)) ? directory : NULL;
+	return converse(directory, "{\"op\": \"ckpt\", \"probe\": true}\n", reply) == 0 &&
+	       strstr(reply, "\"ok\": true") != NULL;
+}
+
+/* The directory of this job's manager, in text; returns whether there is one. */
+static int job_directory(char text[PATH_MAX])
+{
+	const char *named = getenv("OUTLAST_JOB");
+	char run[TICKET];
+	struct dirent *entry;
+	int found = 0;
+
+	if (named == NULL || snprintf(text, PATH_MAX, "%s", named) >= PATH_MAX)
+		return 0;
+	if (read_link(named, "run", run, sizeof(run)))
+		return 1;
+	/* Maybe the job was recovered under another name: then one of the managers here knows this process. */
+	char *slash = strrchr(text, '/');
+	if (slash == NULL)
+		return 0;
+	*slash = '\0';
+	DIR *all = opendir(text);
+	size_t length = (size_t) (slash - text);
+	while (!found && all != NULL && (entry = readdir(all)) != NULL) {
+		if (entry->d_type != DT_LNK ||
+		    snprintf(text + length, PATH_MAX - length, "/%s", entry->d_name) >= (int) (PATH_MAX - length))
+			continue;
+		found = knows_me(text);
+	}
+	if (all != NULL)
+		closedir(all);
+	outlast_no_error();
+	return found;
 }
 
 int outlast_active(void)
 {
-	return job_directory() != NULL;
+	char directory[PATH_MAX];
+
+	return job_directory(directory);
 }
 
 int outlast_ckpt(void)
 {
-	const char *directory = job_directory();
-	char run[TICKET], number[TICKET], before[IDENTITY];
+	char directory[PATH_MAX], run[TICKET], number[TICKET], before[IDENTITY];
 
 	outlast_no_error();
-	if (directory == NULL)
+	if (!job_directory(directory))
 		return 0;
 	for (struct hook *hook = last_hook; hook != NULL; hook = hook->previous) {
 		if (hook->before != NULL)
@@ -277,11 +311,8 @@ int outlast_tckpt(pid_t pid)
 
 	outlast_no_error();
 	if (pid == 0) {
-		const char *mine = job_directory();
-
-		if (mine == NULL)
+		if (!job_directory(directory))
 			return outlast_fail("this process is not of a job that is checkpointed");
-		snprintf(directory, sizeof(directory), "%s", mine);
 	} else if (!directory_of(pid, directory, sizeof(directory))) {
 		return -1;
 	}

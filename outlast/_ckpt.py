@@ -4,7 +4,7 @@ Source: lib/man/outlast_ckpt.3; the same in C is lib/ckpt.c.
 """
 
 # Simple paths: one system call for each look, and it is imported by users' programs.
-# ruff: noqa: PTH115, PTH118, PTH123
+# ruff: noqa: PTH115, PTH118, PTH120, PTH123
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def on_ckpt(
 
 def active() -> bool:
     """Return whether this process is one of a job that is checkpointed."""
-    directory = os.environ.get(_VARIABLE)
-    return bool(directory) and os.path.lexists(os.path.join(str(directory), "run"))
+    return _mine() is not None
 
 
 def exclude(memory: Any) -> None:  # noqa: ANN401
@@ -90,8 +89,8 @@ def ckpt() -> bool:
     Raises:
         CheckpointFailed: there is no checkpoint.
     """
-    directory = os.environ.get(_VARIABLE)
-    if not directory or not active():
+    directory = _mine()
+    if directory is None:
         return False
     for hook in _before:
         hook()
@@ -117,12 +116,34 @@ def tckpt(pid: int = 0) -> None:
     Raises:
         CheckpointFailed: it is not of a job that is checkpointed, or not the caller's.
     """
-    directory = os.environ.get(_VARIABLE, "") if pid == 0 else _directory_of(pid)
-    if not directory or (pid == 0 and not active()):
+    directory = _mine() if pid == 0 else _directory_of(pid)
+    if not directory:
         raise CheckpointFailed(f"process {pid or os.getpid()}: it is not of a job that is checkpointed")
     reply = _converse(directory, b'{"op": "checkpoint"}\n')
     if not reply["ok"]:
         raise CheckpointFailed(str(reply["error"]))
+
+
+def _mine() -> str | None:
+    """Return the directory of this job's manager; None where there is none."""
+    named = os.environ.get(_VARIABLE)
+    if not named:
+        return None
+    if os.path.lexists(os.path.join(named, "run")):
+        return named
+    # Maybe the job was recovered under another name: then one of the managers here knows this process.
+    try:
+        with os.scandir(os.path.dirname(named)) as entries:
+            others = [entry.path for entry in entries if entry.is_symlink()]
+    except OSError:
+        return None
+    for directory in others:
+        try:
+            if _converse(directory, b'{"op": "ckpt", "probe": true}\n')["ok"]:
+                return directory
+        except CheckpointFailed:
+            continue
+    return None
 
 
 def _directory_of(pid: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from criu_backend import Capsule, Criu, CriuError, explain, put_back
 from outlast.config import Config
 from outlast.errors import CheckpointRefused, UsageError
-from outlast.manager import as_dictionary, open_for_writing
+from outlast.manager import as_dictionary, open_for_writing, put_script
 from outlast.model import CheckpointId, JobKey
 from outlast.store import open_store
 
@@ -73,6 +73,7 @@ def adopt(config: Config, checkpoint: str, name: str) -> tuple[int, list[str]]:
         images = Path(spool, "images")
         store.fetch(job, found.id, images)
         meta = {**found.meta, "epoch": 0, "seq": 1}
+        put_script(meta["argv"][0], images, int(meta["uid"]))
         record = {"uid": meta["uid"], "argv": meta["argv"], "interval": 0, "node": meta["node"], "epoch": 0}
         store.put_record(mine, "start", {**record, "time": time.time(), "files": []})
         store.publish(mine, CheckpointId(0, 1), images, meta)

@@ -25,6 +25,7 @@ from outlast.manager._modes import Modes
 from outlast.manager._pace import paced
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import declared, make_durable, save
+from outlast.manager._script import keep_script
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Store, open_store
 
@@ -306,6 +307,7 @@ class Checkpointer:
     def _look(self, capsule: Capsule, images: Path) -> list[dict[str, Any]]:
         """Tell what a restore has to set back, while the job stands still; under PBS some go with it."""
         run, mom = self._run, self._run.mom
+        keep_script(run.argv[0], images)
         kept = [] if mom is None else mom.keep(capsule.tasks(), images, run.uid)
 
         def elsewhere(path: str) -> bool:

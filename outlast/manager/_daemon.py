@@ -522,7 +522,7 @@ class Manager:
             threading.Timer(_HANG_UP_SECONDS, lambda: self._running().ask()).start()
             return {}
         if operation == "ckpt":
-            return self._ckpt(peer)
+            return self._ckpt(peer, probe=bool(request.get("probe")))
         if operation == "explain":
             found = self._checkpointer.findings.look() if self._checkpointer is not None else []
             return {"findings": [as_dictionary(one) for one in found]}
@@ -541,13 +541,18 @@ class Manager:
             return {}
         raise UsageError(f"{operation!r}: no such request")
 
-    def _ckpt(self, peer: Peer) -> Mapping[str, str]:
-        """Have a checkpoint taken for a process of the job, which waits for it without a connection."""
+    def _ckpt(self, peer: Peer, *, probe: bool) -> Mapping[str, str]:
+        """Have a checkpoint taken for a process of the job, which waits for it without a connection.
+
+        With *probe* only tell it that it is one: one of a job recovered under another name looks for its manager.
+        """
         run = self._require_running()
         if self._calls is None or run.capsule is None:
             raise UsageError(f"job {self._job.job_id} does not run on this node")
         if peer.pid not in run.capsule.tasks():
             raise UsageError(f"process {peer.pid} is not of job {self._job.job_id}")
+        if probe:
+            return {"job": self._job.job_id}
         return self._calls.accept(lambda: self._running().take().id.name(self._job.job_id))
 
     def _require_running(self) -> Run:

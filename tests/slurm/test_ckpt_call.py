@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import Cluster, Job
+from tests.cluster import Cluster, Job, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
@@ -28,8 +28,9 @@ def test_each_call_of_ckpt_is_a_checkpoint_and_returns_zero(cluster: Cluster, pr
     assert job.checkpoints() == 3
 
 
-def test_job_that_lost_its_node_comes_back_out_of_its_last_ckpt(cluster_to_break: Cluster) -> None:
-    program = cluster_to_break.program("steps.py")
+@pytest.mark.parametrize("name", ["steps", "steps.py"])
+def test_job_that_lost_its_node_comes_back_out_of_its_last_ckpt(cluster_to_break: Cluster, name: str) -> None:
+    program = cluster_to_break.program(name)
     job = cluster_to_break.submit(f"{program} 8", checkpoint="1h")
     job.wait_for("checkpoint", count=3)
     cluster_to_break.cut_power(job.node)
@@ -63,6 +64,59 @@ def test_job_that_another_one_submitted_does_not_checkpoint_that(cluster: Cluste
     assert job.wait_for_end() == ("COMPLETED", "0:0")
     assert first.checkpoints() == 0
     first.cancel()
+
+
+@pytest.mark.parametrize("name", ["mark", "mark.py"])
+def test_tckpt_has_the_own_job_and_another_of_the_same_user_checkpointed(cluster: Cluster, name: str) -> None:
+    other = cluster.submit("echo $$; exec sleep 100", checkpoint="1h")
+    other.wait_for("started")
+    pid = next(pid for pid, command in other.tree().items() if command == "sleep 100")
+    mark = cluster.program(name)
+    cluster.on(other.node, *mark.split(), str(pid), user=True)
+    mine = cluster.submit(f"{mark} && echo marked; sleep 100", checkpoint="1h")
+    mine.wait_for_line("marked")
+
+    for job in (other, mine):
+        job.wait_for("checkpoint")
+        job.cancel()
+
+
+def test_tckpt_of_what_is_not_the_callers_is_refused(cluster: Cluster) -> None:
+    mark = cluster.program("mark")
+    job = cluster.submit("exec sleep 100", checkpoint=None)
+    job.wait_for_state("RUNNING")
+    eventually(lambda: "sleep 100" in job.tree().values(), within=20, what="the job's sleep")
+    pid = next(pid for pid, command in job.tree().items() if command == "sleep 100")
+
+    for who, why in ((pid, "not of a job that is checkpointed"), (1, "Permission denied")):
+        done = cluster.try_on(job.node, *mark.split(), str(who), user=True)
+        assert done.returncode == 1
+        assert f"mark: process {who}: " in done.stderr
+        assert why in done.stderr
+    job.cancel()
+
+
+def test_recover_starts_a_users_checkpoint_on_any_node_as_that_user(cluster: Cluster) -> None:
+    """The job is gone, and the scheduler has no part in it."""
+    count = "i=0; until [ -e stop ]; do i=$((i+1)); echo $i; sleep 0.1; done; id -un; exit 7"
+    job = cluster.submit(count, "-w", "n1", checkpoint="1h")
+    job.wait_for_line("5")
+    name = cluster.on("n1", "outlast", "checkpoint", job.id, user=True).strip()
+    job.cancel()
+    assert job.wait_for_end()[0] == "CANCELLED"
+    eventually(lambda: not cluster.left("n1", job.id), within=40, what="nothing left of it")
+    known = len(job.lines())
+    stop = f"{job.directory}/stop"
+    script = (
+        f"cd {job.directory}; (sleep 3; touch {stop}) & exec outlast recover {name} --name again-{job.id}"
+    )
+    done = cluster.try_on("n3", "sh", "-c", script)
+
+    assert done.returncode == 7
+    numbers = [line for line in job.lines() if line.isdigit()]
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+    assert job.lines()[-1] == "alice"
+    assert known > 5
 
 
 SERVE = (
