@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import re
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from criu_backend import Criu, CriuError, pycriu_version, self_test
-from outlast import control
 from outlast.config import Config, read_config
 from outlast.errors import ConfigError, OutlastError
 from outlast.store import open_store, read_keyring
@@ -20,10 +20,11 @@ from outlast.store import open_store, read_keyring
 _SHIM = Path("/usr/libexec/outlast/outlast-shim")
 _HELPER = Path("/usr/libexec/outlast/outlast-capsule")
 _COMMAND_SECONDS = 10
-# Below this, a requeue delay is not what a user waits for.
-_SHORT_CRED_EXPIRE = 30
-_SHORT_SLURMD_TIMEOUT = 60
 _LEAST_SPOOL = 1 << 30
+_LEAST_LOGS = 64 << 20
+_LOGS = Path("/var/log/outlast")
+# struct timex of 64-bit Linux: its size, where its status stands, and the bit of that which says "not in step".
+_TIMEX_BYTES, _TIMEX_STATUS, _STA_UNSYNC = 208, 40, 0x40
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def examine(path: Path) -> list[Finding]:
     else:
         fact = f"not looked at: {config.store.identity} cannot be read"
         findings.append(Finding("warn", "store", fact, "run 'outlast doctor' as root"))
+    findings.append(_clock())
     if config.scheduler == "pbs":
         from outlast import doctor_pbs
 
@@ -61,7 +63,9 @@ def examine(path: Path) -> list[Finding]:
     if shutil.which("slurmd") or not shutil.which("slurmctld"):
         findings += _node(config)
     if scontrol := shutil.which("scontrol"):
-        findings += _slurm(scontrol, config)
+        from outlast import doctor_slurm
+
+        findings += doctor_slurm.examine(scontrol, config)
     return findings
 
 
@@ -112,12 +116,30 @@ def _node(config: Config) -> Iterator[Finding]:
             yield Finding("ok", program.name, str(program))
         else:
             yield Finding("FAIL", program.name, f"{program}: not there", "make install (docs/install.md)")
-    spool = config.checkpoint.spool
-    place = next(parent for parent in (spool, *spool.parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    fact = f"{free >> 20} MiB free at {place}; an image waits there until it is shipped"
     remedy = "make room there, or set spool under [checkpoint]"
-    yield Finding("ok", "spool", fact) if free >= _LEAST_SPOOL else Finding("warn", "spool", fact, remedy)
+    yield _room(
+        "spool", config.checkpoint.spool, _LEAST_SPOOL, "an image waits there until it is shipped", remedy
+    )
+    remedy = "make room there: a manager that cannot write its log goes on without"
+    yield _room("logs", _LOGS, _LEAST_LOGS, "managers write there", remedy)
+
+
+def _room(what: str, path: Path, least: int, why: str, remedy: str) -> Finding:
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    fact = f"{free >> 20} MiB free at {place}; {why}"
+    return Finding("ok", what, fact) if free >= least else Finding("warn", what, fact, remedy)
+
+
+def _clock() -> Finding:
+    """Ask the kernel whether something keeps its clock in step. Source: adjtimex(2)."""
+    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes = 0 changes nothing
+    state = ctypes.CDLL(None, use_errno=True).adjtimex(buffer)
+    unsynchronized = state < 0 or struct.unpack_from("@i", buffer, _TIMEX_STATUS)[0] & _STA_UNSYNC
+    if not unsynchronized:
+        return Finding("ok", "clock", "kept in step with others")
+    fact = "nothing keeps it in step; munge refuses what differs by five minutes, and event logs mislead"
+    return Finding("warn", "clock", fact, "run chrony, ntpd or systemd-timesyncd")
 
 
 def _runs_jobs() -> bool:
@@ -152,95 +174,3 @@ def _self_test(criu: Criu) -> Iterator[Finding]:
             yield Finding(
                 verdict, f"dumps, {trial.mode}", trial.problem, "jobs are dumped in the next best way"
             )
-
-
-def _slurm(scontrol: str, config: Config) -> Iterator[Finding]:
-    try:
-        text = subprocess.run(
-            [scontrol, "show", "config"], capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        yield Finding("FAIL", "slurm", f"scontrol show config: {error}", "is slurmctld up?")
-        return
-    settings = dict(re.findall(r"^(\w+(?:\[\d+\])?)\s*= (.*?)\s*$", text, re.M))
-    yield Finding("ok", "slurm", settings.get("SLURM_VERSION", "version unknown"))
-    for key, program in (
-        ("Prolog", "prolog"),
-        ("Epilog", "epilog"),
-        ("EpilogSlurmctld", "epilog-slurmctld"),
-    ):
-        value = " ".join(text for name, text in settings.items() if re.fullmatch(rf"{key}(\[\d+\])?", name))
-        if program in value and value != "(null)":
-            yield Finding("ok", key, value)
-        else:
-            wanted = f"{key}=/usr/libexec/outlast/slurm/{program}"
-            yield Finding(
-                "FAIL",
-                key,
-                f"{value or '(null)'}: not Outlast's",
-                f"slurm.conf: {wanted}, or call it from yours",
-            )
-    yield from _plugstack(settings)
-    yield from _timing(settings)
-    # Written as "ctl" or "ctl(198.18.0.1)"; slurmctld may be installed on hosts that are no controllers.
-    controllers = {text.split("(")[0] for name, text in settings.items() if name.startswith("SlurmctldHost")}
-    if {socket.gethostname(), socket.gethostname().split(".")[0]} & controllers:
-        yield from _watcher(config)
-
-
-def _plugstack(settings: dict[str, str]) -> Iterator[Finding]:
-    named = settings.get("PlugStackConfig", "(null)")
-    beside = Path(settings.get("SLURM_CONF", "/etc/slurm/slurm.conf")).with_name("plugstack.conf")
-    main = beside if named == "(null)" else Path(named)
-    included = main.parent / (main.name + ".d")
-    texts = [path.read_text() for path in (main, *sorted(included.glob("*"))) if path.is_file()]
-    line = re.search(r"^\s*(required|optional)\s+(\S*spank_outlast\.so)", "\n".join(texts), re.M)
-    if line is None:
-        yield Finding(
-            "FAIL", "plugstack", f"{main}: names no spank_outlast.so", "add: optional spank_outlast.so"
-        )
-        return
-    directories = [Path(place) for place in settings.get("PluginDir", "").split(":")]
-    if not any((directory / line[2]).exists() for directory in directories):
-        yield Finding(
-            "FAIL",
-            "plugin",
-            f"{line[2]}: in none of {settings.get('PluginDir')}",
-            "make -C plugins/slurm install",
-        )
-    elif line[1] == "required":
-        yield Finding(
-            "warn", "plugin", f"{line[2]} is required", "write optional: then a fault of it stops no job"
-        )
-    else:
-        yield Finding("ok", "plugin", f"{line[2]}, optional")
-
-
-def _timing(settings: dict[str, str]) -> Iterator[Finding]:
-    """The settings that decide how soon a lost job runs again. Source: measured, docs/operate.md."""
-    match = re.search(r"cred_expire=(\d+)", settings.get("AuthInfo", ""))
-    expire = int(match[1]) if match else 120
-    fact = f"cred_expire is {expire} s: a requeued job waits one second longer than that"
-    yield (
-        Finding("ok", "requeue delay", fact)
-        if expire <= _SHORT_CRED_EXPIRE
-        else Finding("warn", "requeue delay", fact, "slurm.conf: AuthInfo=cred_expire=5 makes it 6 s")
-    )
-    timeout = int(re.match(r"\d+", settings.get("SlurmdTimeout", "300"))[0])  # type: ignore[index]
-    fact = f"SlurmdTimeout is {timeout} s"
-    yield (
-        Finding("ok", "dead nodes", fact)
-        if timeout <= _SHORT_SLURMD_TIMEOUT
-        else Finding("warn", "dead nodes", fact, "the watcher marks a dead node down sooner; keep it running")
-    )
-    if settings.get("JobRequeue", "1") == "0":
-        yield Finding("warn", "JobRequeue", "0", "jobs with --checkpoint are made requeueable by the plugin")
-
-
-def _watcher(config: Config) -> Iterator[Finding]:
-    try:
-        control.call(config.watcher.socket, {"op": "status"}, timeout=_COMMAND_SECONDS)
-    except OutlastError as error:
-        yield Finding("FAIL", "watcher", str(error), "start 'outlast watcher' here, as SlurmUser")
-    else:
-        yield Finding("ok", "watcher", f"answers at {config.watcher.socket}")
