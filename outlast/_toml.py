@@ -36,7 +36,7 @@ Origins = Mapping[tuple[str, ...], Origin]
 
 
 def load(cls: type[T], paths: Sequence[Path]) -> tuple[T, Origins]:
-    """Read *paths* in order into one *cls*, a dataclass whose fields are values or such dataclasses.
+    """Read *paths* in order into one *cls*, a dataclass whose fields are values, such dataclasses, or these by name.
 
     A key in a later file takes the place of the same key in an earlier one; tables are merged.
 
@@ -112,7 +112,15 @@ def _merge(
         if key not in kinds:
             raise ConfigError(f"{spot}: no such key", hint=f"the keys are {', '.join(sorted(kinds))}")
         kind = kinds[key]
-        if dataclasses.is_dataclass(kind):
+        if inner := _inner(kind):
+            if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
+                raise ConfigError(
+                    f"{spot}: must be tables", hint=f"write [{'.'.join(name)}.NAME] and its keys below it"
+                )
+            for word, one in value.items():
+                below = into.setdefault(key, {}).setdefault(word, {})
+                _merge(inner, one, below, origins, path, lines, (*name, word))
+        elif dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ConfigError(f"{spot}: must be a table", hint=f"write [{key}] and its keys below it")
             below = into.setdefault(key, {})
@@ -120,6 +128,13 @@ def _merge(
         else:
             into[key] = _value(kind, value, spot)
             origins[name] = origin
+
+
+def _inner(kind: object) -> type[Any] | None:
+    """Return what a mapping from names to tables has for each name; None where *kind* is no such mapping."""
+    arguments = typing.get_args(kind)
+    is_mapping = typing.get_origin(kind) is Mapping and dataclasses.is_dataclass(arguments[1])
+    return typing.cast(type[Any], arguments[1]) if is_mapping else None
 
 
 def _shown(name: tuple[str, ...]) -> str:
@@ -133,7 +148,9 @@ def _build(
     """Make a *cls*; what it says of a value that is out of range gets the place where that stands."""
     kinds = typing.get_type_hints(cls)
     made = {
-        key: _build(typing.cast(type[Any], kinds[key]), value, origins, path, (*where, key))
+        key: {word: _build(inner, one, origins, path, (*where, key, word)) for word, one in value.items()}
+        if (inner := _inner(kinds[key]))
+        else _build(typing.cast(type[Any], kinds[key]), value, origins, path, (*where, key))
         if dataclasses.is_dataclass(kinds[key])
         else value
         for key, value in values.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
 import socket
 import typing
@@ -25,6 +26,32 @@ def _parse_size(key: str, text: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class OtherStore:
+    """A [store.other.NAME] table: a further store, for the checkpoints of some jobs.
+
+    A job is one of them if each of *partitions*, *users* and *jobs* that is not empty has a pattern for it;
+    patterns are as the shell's, with blanks between them. What is empty below is as in [store].
+    """
+
+    url: str = ""
+    partitions: str = ""  # Slurm's partitions, PBS's queues
+    users: str = ""
+    jobs: str = ""  # names of jobs
+    identity: str = ""
+    known_hosts: str = ""
+    quota: str = ""
+    user_quota: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            raise ValueError('url = "": must be set: sftp://USER@HOST/DIR or file:///DIR')
+        if not (self.partitions or self.users or self.jobs):
+            raise ValueError('partitions = "": one of partitions, users and jobs must say whose store it is')
+        for key in ("quota", "user_quota"):
+            _parse_size(key, getattr(self, key) or "0")
+
+
+@dataclasses.dataclass(frozen=True)
 class StoreConfig:
     """The [store] table: where checkpoints go.
 
@@ -36,21 +63,64 @@ class StoreConfig:
     known_hosts: Path = Path("/etc/outlast/known_hosts")
     key: Path = Path("/etc/outlast/data.key")  # what checkpoints are encrypted with; read by root, on nodes
     quota: str = ""  # what a job may have in the store, such as "50G"; "" is any amount
+    user_quota: str = ""  # what all jobs of a user may have there together
+    local: str = ""  # a directory of the node's own that checkpoints go to first; "" for none
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
     transport: str = "auto"  # what speaks SSH: "openssh" or "paramiko"; auto: OpenSSH if it is there
     bandwidth: str = ""  # bytes a second that uploads of one node may take, such as "100M"; "" is any number
+    other: Mapping[str, OtherStore] = dataclasses.field(default_factory=dict)  # further stores, by name
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
             raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
-        _parse_size("quota", self.quota or "0")
+        for key in ("quota", "user_quota"):
+            _parse_size(key, getattr(self, key) or "0")
         if self.bandwidth and _parse_size("bandwidth", self.bandwidth) < 1 << 16:
             raise ValueError(f'bandwidth = "{self.bandwidth}": must be 64K or more')
+        if self.local and not self.local.startswith("/"):
+            raise ValueError(f'local = "{self.local}": must be a path from the root')
+        for name in self.other:
+            if name == "store" or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
+                raise ValueError(
+                    f'other = "{name}": must be a name of letters, digits, "_" and "-", not "store"'
+                )
 
     @property
     def bandwidth_bytes(self) -> int:
         """*bandwidth* in bytes a second; 0 for any number."""
         return _parse_size("bandwidth", self.bandwidth or "0")
+
+    def store_of(self, *, partition: str, user: str, job: str) -> str:
+        """Return the name of the first of *other* that is for such a job, *job* being its name; "" for this one."""
+        facts = {"partitions": partition, "users": user, "jobs": job}
+        for name, other in self.other.items():
+            rules = {key: getattr(other, key).split() for key in facts}
+            if all(
+                any(fnmatch.fnmatchcase(facts[key], pattern) for pattern in patterns)
+                for key, patterns in rules.items()
+                if patterns
+            ):
+                return name
+        return ""
+
+    def named(self, name: str) -> StoreConfig:
+        """Return the configuration of the store that is called *name* in *other*, as if it were the only one."""
+        other = self.other[name]
+        return dataclasses.replace(
+            self,
+            url=other.url,
+            identity=Path(other.identity or self.identity),
+            known_hosts=Path(other.known_hosts or self.known_hosts),
+            quota=other.quota or self.quota,
+            user_quota=other.user_quota or self.user_quota,
+            local="",
+            other={},
+        )
+
+    @property
+    def user_quota_bytes(self) -> int:
+        """*user_quota* in bytes; 0 for any amount."""
+        return _parse_size("user_quota", self.user_quota or "0")
 
     @property
     def quota_bytes(self) -> int:
@@ -250,6 +320,9 @@ def _explained(
         name, value = (*where, field.name), getattr(table, field.name)
         if dataclasses.is_dataclass(value):
             yield from _explained(value, origins, name)
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                yield from _explained(one, origins, (*name, key))
         else:
             if isinstance(value, str):
                 value = re.sub(r"(?<=://)([^:@/]*):[^@/]*@", r"\1:***@", value)

@@ -102,7 +102,8 @@ class Checkpoint:
 
     *meta* is the manager's own part of the manifest (JSON values): when and where it was made, the open
     files, CRIU's version and figures. *stored_bytes* is what this checkpoint added to the store,
-    *image_bytes* the size of all its files.
+    *image_bytes* the size of all its files. *durable*: it is in the job's store, whatever becomes of the node;
+    *where* names the places that have it: the store ("store", or the name of another one) and a node.
     """
 
     id: CheckpointId
@@ -110,6 +111,8 @@ class Checkpoint:
     stored_bytes: int
     image_bytes: int
     meta: Mapping[str, Any]
+    durable: bool = True
+    where: tuple[str, ...] = ()
 
 
 class JobState(enum.Enum):

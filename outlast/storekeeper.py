@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -59,8 +60,17 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         verb(name, act).add_argument("checkpoint", metavar="CHECKPOINT", help="its name, such as 17@1.4")
 
 
-def run(config: Config, args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Do what *args* say, and say what came of it. Raises OutlastError."""
+def run(
+    config: Config,
+    args: argparse.Namespace,
+    say: Callable[[str], None],
+    draw: Callable[[str, int, int], None] = lambda *_: None,
+) -> None:
+    """Do what *args* say, and say what came of it. Raises OutlastError.
+
+    *draw* hears meanwhile of what takes long: what it is about, how much of it is done, and of how much.
+    """
+    args.draw = draw
     answer = args.act(config, args)
     lines = answer.pop("text")
     for line in [json.dumps(answer)] if args.json else lines:
@@ -104,8 +114,9 @@ def _check(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         for job in _jobs(config, store, args.job):
             for id in store.published(job):
                 name = id.name(job.job_id)
+                draw = functools.partial(args.draw, name)
                 try:
-                    pages += store.verify(job, id, read_data=args.read_data)
+                    pages += store.verify(job, id, read_data=args.read_data, progress=draw)
                 except (CorruptCheckpoint, KeyMissing) as error:
                     damaged.append({"checkpoint": name, "why": str(error)})
                 except UsageError:
@@ -138,9 +149,10 @@ def _prune(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     To be run once a day, from any one node. No job is held up by it.
     """
-    times = {name: float(parse_interval(getattr(args, name))) for name in ("ended", "lost", "grace")}
+    ended, lost, grace = (float(parse_interval(getattr(args, name))) for name in ("ended", "lost", "grace"))
+    draw = functools.partial(args.draw, "jobs")
     with _opened(config) as store:
-        done = store.prune(config.cluster, **times)
+        done = store.prune(config.cluster, ended=ended, lost=lost, grace=grace, progress=draw)
     text = [f"to the trash: {name}" for name in done.trashed] + [f"removed: {name}" for name in done.removed]
     return {"trashed": done.trashed, "removed": done.removed, "text": text or ["nothing to do"]}
 

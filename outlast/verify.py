@@ -46,7 +46,7 @@ def verify(config: Config, job: JobKey, id_: CheckpointId) -> dict[str, Any]:
     Raises:
         UsageError: there is no such checkpoint, or the caller is not root. StoreUnavailable, ConfigError.
     """
-    from outlast.store import open_store
+    from outlast.store import open_store, this_node
 
     _require_root()
     begin = time.monotonic()
@@ -55,7 +55,7 @@ def verify(config: Config, job: JobKey, id_: CheckpointId) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="verify-", dir=_RUNTIME) as place:
         images = Path(place) / "images"
         found: dict[str, Any] = {"ok": False, "processes": 0}
-        with open_store(config.store) as store:
+        with open_store(config.store, node=this_node()) as store:
             try:
                 store.fetch(job, id_, images)
             except CorruptCheckpoint as error:

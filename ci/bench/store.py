@@ -3,9 +3,9 @@
 Four programs are dumped by CRIU on a node of a cluster, three times each. Then every tool ships the first
 dump and the two that follow, and brings the last one back; tools take turns, all of them over SSH with the
 same cipher to the same sshd on loopback, whose directory is on tmpfs. At last all is done once more at a round
-trip of 20 ms. Outlast is connected as the manager of a job is, once for all checkpoints; the other tools
-connect for each, so "outlast+connect" has that time added. Takes about 15 minutes and 4 GB of memory. Needs
-restic, borgbackup and rsync, as Debian has them.
+trip of 20 ms. Outlast is connected as the manager of a job is, once for all checkpoints; the other tools connect
+for each, so "outlast+connect" has that time added. Takes about 15 minutes, in parts with --programs, and 4 GB of
+memory. Needs restic, borgbackup and rsync, as Debian has them.
 
 The ratios are Outlast's median divided by the other's, for each program; in "notes" of the JSON object stand
 their medians over the programs, and the load of the machine in the meantime.
@@ -33,6 +33,7 @@ from ci.bench import _store_tools as tools
 ROUNDS = 3
 _NOISE = "noise"
 _NOISE_SIZE = 256 << 20
+_ALL = (*images.PROGRAMS, _NOISE)
 _VARIANTS = ("ssh cat", "restic", "borg", "rsync", "outlast")
 _CONNECTED = "outlast+connect"
 
@@ -51,10 +52,24 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's own options."""
     parser.add_argument("--images", type=Path, help="dumps of an earlier run, instead of new ones")
     parser.add_argument("--keep-images", type=Path, help="leave the dumps in this directory, for --images")
+    parser.add_argument(
+        "--programs",
+        type=_programs,
+        default=_ALL,
+        metavar="NAME,...",
+        help=f"only these of {', '.join(_ALL)}: a long run in parts, with the same --images",
+    )
     parser.add_argument("--transport", default="auto", help="Outlast's: auto, openssh or paramiko")
     parser.add_argument("--python", help="the Python for Outlast; default: one made as that of the tests is")
     parser.add_argument("--round-trip", type=float, default=20.0, metavar="MS", help="0 leaves that part out")
     parser.add_argument("--delayed-rounds", type=int, default=1, metavar="N", help="rounds at --round-trip")
+
+
+def _programs(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in _ALL]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: not one of {', '.join(_ALL)}")
+    return names
 
 
 def run(bench: Bench) -> None:
@@ -67,7 +82,8 @@ def run(bench: Bench) -> None:
         with tempfile.TemporaryDirectory(prefix="outlast-bench-", dir="/dev/shm") as name:
             home = Path(name)
             _get_images(bench, home / "images")
-            images.noise(home / "images" / _NOISE / "1", _NOISE_SIZE)
+            if _NOISE in given.programs:
+                images.noise(home / "images" / _NOISE / "1", _NOISE_SIZE)
             with servers.start(home) as server:
                 _near(bench, home, server, python)
                 if given.round_trip and given.delayed_rounds:
@@ -103,15 +119,13 @@ def _get_images(bench: Bench, into: Path) -> None:
 
 
 def _near(bench: Bench, home: Path, server: servers.Server, python: str) -> None:
-    for program in images.PROGRAMS:
-        for variant in bench.rounds(*_VARIANTS):
+    for program in bench.options.programs:
+        for variant in bench.rounds(*(("ssh cat", "outlast") if program == _NOISE else _VARIANTS)):
             _measure(bench, home, server, python, variant, program, "")
-    for variant in bench.rounds("ssh cat", "outlast"):
-        _measure(bench, home, server, python, variant, _NOISE, "")
 
 
 def _far(bench: Bench, home: Path, server: servers.Server, python: str) -> None:
-    for program in images.PROGRAMS:
+    for program in (name for name in bench.options.programs if name != _NOISE):
         for number in range(bench.options.delayed_rounds):
             for variant in _VARIANTS if number % 2 == 0 else _VARIANTS[::-1]:
                 bench.say(f"at a round trip of {bench.options.round_trip:g} ms: {program}: {variant}")

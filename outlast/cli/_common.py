@@ -57,7 +57,9 @@ def config_of(args: argparse.Namespace) -> Config:
         return read_config(args.config)
     config = read_config(args.config) if args.config.exists() else Config()
     url = args.store if "://" in args.store else f"file://{Path(args.store).absolute()}"
-    return dataclasses.replace(config, store=dataclasses.replace(config.store, url=url))
+    if url == config.store.url:
+        return config
+    return dataclasses.replace(config, store=dataclasses.replace(config.store, url=url, local="", other={}))
 
 
 def ask(args: argparse.Namespace, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -104,10 +104,11 @@ def _list(args: argparse.Namespace) -> None:
             size(one["image_bytes"]),
             size(one["stored_bytes"]),
             milliseconds(one["pause_ms"]),
+            " and ".join(one["where"]) + ("" if one["durable"] else " only"),
         )
         for one in checkpoints
     ]
-    print_table(("CHECKPOINT", "TIME", "NODE", "IMAGE", "STORED", "PAUSE"), rows)
+    print_table(("CHECKPOINT", "TIME", "NODE", "IMAGE", "STORED", "PAUSE", "WHERE"), rows)
 
 
 def _events(args: argparse.Namespace) -> None:

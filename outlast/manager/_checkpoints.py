@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -27,7 +28,7 @@ from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import declared, make_durable, save
 from outlast.manager._script import keep_script
 from outlast.model import Checkpoint, CheckpointId
-from outlast.store import Store, open_store
+from outlast.store import Shipped, Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 30.0
 _ENDING_SECONDS = 0.5
 _TURN_SECONDS = 0.25
+_LAST_UPLOAD_SECONDS = 600.0
+_LOOK_SECONDS = 0.5
 # How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
 _TAKE_SECONDS = 3600.0
 _LONGEST_WAIT_SECONDS = 86400.0
@@ -78,6 +81,7 @@ class Checkpointer:
         self._began = 0.0  # when the newest checkpoint, or the job, did
         self._ended = False
         self._told = False
+        self._not_shipped = ""
         self.newest: Checkpoint | None = None
         self.last_error: str | None = None
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
@@ -144,7 +148,9 @@ class Checkpointer:
         try:
             # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with open_store(self._config.store) as store:
+            with open_store(self._config.store, node=self._run.node, told=self._shipped) as store:
+                with contextlib.suppress(OutlastError):  # the next checkpoint is shipped all the same
+                    store.resume(self._run.job, self._run.epoch)
                 while self._pause():
                     if is_frozen(self._run.directory):
                         # What stands still would be restored standing still. Its time comes when it goes on.
@@ -161,7 +167,7 @@ class Checkpointer:
                     finally:
                         if turn is not None:
                             os.close(turn)
-                    self._run.seconds = max(took, self._run.seconds * _FADING)
+                    self._run.seconds = max(took + store.shipping_seconds, self._run.seconds * _FADING)
                     if self.newest is not None and self.newest is not before:
                         self._pace.learn(store, self.newest.meta["pause_ms"] / 1000, took)
                     # A job whose checkpoints take longer than its interval must get on all the same.
@@ -169,6 +175,9 @@ class Checkpointer:
                     with self._wake:
                         self._answered = self._done
                         self._wake.notify_all()
+                if self.newest is not None:
+                    # What only this node has is worth nothing to a run elsewhere.
+                    store.await_durable(self._run.job, self.newest.id, _LAST_UPLOAD_SECONDS)
         finally:
             os.close(lock)
             with self._wake:
@@ -359,4 +368,29 @@ class Checkpointer:
             store.forget(self._run.job, self._config.checkpoint.keep)
         except OutlastError as error:
             log.warning("old checkpoints stay for now: %s", error)
+        if self._answered < self._done:
+            self._await_durable(store, id_)
         return checkpoint
+
+    def _await_durable(self, store: Store, id_: CheckpointId) -> None:
+        """Whoever asked for a checkpoint means to go on from it, maybe elsewhere: so it must be in the store."""
+        until = time.monotonic() + _TAKE_SECONDS
+        while not store.await_durable(self._run.job, id_, _LOOK_SECONDS):
+            if self._ended or time.monotonic() > until:
+                raise StoreUnavailable(f"checkpoint {id_.epoch}.{id_.seq} is on this node only")
+
+    def _shipped(self, one: Shipped) -> None:
+        """A checkpoint has come from this node's tier to the store, or has not."""
+        name = one.id.name(one.job.job_id)
+        if one.error is None:
+            self._events.add(
+                "durable",
+                f"{name}: in the store after {one.seconds:.1f} s",
+                checkpoint=name,
+                ship_s=round(one.seconds, 3),
+            )
+        elif (told := str(one.error)) != self._not_shipped:
+            self._not_shipped = told
+            self._events.add(
+                "not-durable", f"{name}: on this node only: {told}", checkpoint=name, hint=one.error.hint
+            )

@@ -416,7 +416,7 @@ class Manager:
     def _store_end(self, status: int | None, *, asked: bool) -> None:
         run = self._run
         try:
-            with open_store(self._config.store) as store:
+            with open_store(self._config.store, node=self._node) as store:
                 if run is not None:
                     if status is not None:
                         self._launcher.settle(self._job, store)
@@ -424,6 +424,7 @@ class Manager:
                         store.put_record(self._job, "ended", end)
                     if status == 0:
                         store.forget(self._job, 1)
+                        store.leave_node(self._job)
                     self._events.flush(store)
                     if status != 0 and not self._standalone and run.mom is None:
                         # The watcher is to look into how the run ended, which the events tell.

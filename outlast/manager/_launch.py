@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pwd
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from outlast.manager._saving import declared
 from outlast.manager._shim import Shim, ShimGone
 from outlast.model import Checkpoint, CheckpointId, JobKey
 from outlast.policy import parse_choice
-from outlast.store import Store, open_store
+from outlast.store import Store, open_store, this_node
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ class Ahead:
         """Return it, the same each time. What went wrong so far goes wrong again when it is used."""
         self._thread.join()
         if self._store is None:
-            self._store = open_store(self._config)
+            self._store = open_store(self._config, node=this_node())
         return self._store
 
     def _connect(self) -> None:
         with contextlib.suppress(OutlastError):
-            self._store = open_store(self._config)
+            self._store = open_store(self._config, node=this_node())
             self._touch(self._store)
 
 
@@ -147,6 +148,7 @@ class Launcher:
             "epoch": run.epoch,
             "time": time.time(),
             "files": standard_files(shim.stdio) + self._declared(run),
+            "store": self._store_of(run, shim),
         }
         self._settle_soon(run, shim)
         return self._start(run, shim)
@@ -161,6 +163,19 @@ class Launcher:
             shim.say(f"${RESTART_VARIABLE}: {error}; the site's policy holds")
             return ""
         return text
+
+    def _store_of(self, run: Run, shim: Shim) -> str:
+        """Return the name of the store that is for this job's checkpoints, by the rules of the site."""
+        told = shim.environment
+        try:
+            user = pwd.getpwuid(run.uid).pw_name
+        except KeyError:
+            user = str(run.uid)
+        return self._config.store.store_of(
+            partition=told.get("SLURM_JOB_PARTITION") or told.get("PBS_QUEUE", ""),
+            user=user,
+            job=told.get("SLURM_JOB_NAME") or told.get("PBS_JOBNAME", ""),
+        )
 
     def _declared(self, run: Run) -> list[dict[str, Any]]:
         """Return what `declared` does; that a job starts is worth more than what it says of its files."""
@@ -250,7 +265,7 @@ class Launcher:
         run.capsule.kill()
         run.capsule.wait(_END_SECONDS)
         run.capsule = None
-        with open_store(self._config.store) as store:
+        with open_store(self._config.store, node=this_node()) as store:
             run.capsule = self.when_store_answers(shim, lambda: self._go_on(run, shim, store, whole=True))
 
     def _go_on(self, run: Run, shim: Shim, store: Store, *, whole: bool = False) -> Capsule:
@@ -269,7 +284,10 @@ class Launcher:
             if (start := store.get_record(run.job, "start")) is not None:
                 self._set_back_to(start, run, shim)
             return self._begin(run, shim)
-        checkpoints = _wanted(store.checkpoints(run.job), store.get_record(run.job, "restart"))
+        store.require_home(run.job)
+        # What only this node has of a run before the last one is of a branch that others may have left.
+        found = [one for one in store.checkpoints(run.job) if one.durable or one.id.epoch >= run.epoch - 1]
+        checkpoints = _wanted(found, store.get_record(run.job, "restart"))
         unfit: UnfitNode | None = None
         for checkpoint in checkpoints:
             try:

@@ -25,7 +25,7 @@ from criu_backend import Capsule, PageServer
 from outlast.config import Config
 from outlast.errors import CorruptCheckpoint, OutlastError, StoreUnavailable
 from outlast.model import CheckpointId, JobKey
-from outlast.store import Store, open_store
+from outlast.store import Store, open_store, this_node
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class _Server:
 
     def _connected(self) -> Store:
         if self._store is None:
-            self._store = open_store(self._config.store)
+            self._store = open_store(self._config.store, node=this_node())
         return self._store
 
     def _follow(self, job: JobKey, request: Mapping[str, Any]) -> None:

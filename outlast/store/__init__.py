@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -11,35 +16,84 @@ from outlast.errors import ConfigError
 from outlast.store._backend import Backend
 from outlast.store._keys import KeyMissing, Keyring, add_key, read_keyring
 from outlast.store._local import LocalBackend
+from outlast.store._quota import Quota
 from outlast.store._reader import Stored
 from outlast.store._retention import Policy
 from outlast.store._source import Memory
 from outlast.store._store import Store
 from outlast.store._throttle import Throttled
-from outlast.store._upkeep import Pruned, Usage
+from outlast.store._tier import Shipped, Tier
+from outlast.store._upkeep import Progress, Pruned, Usage
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "KeyMissing",
     "Memory",
     "Policy",
+    "Progress",
     "Pruned",
+    "Quota",
+    "Shipped",
     "Store",
     "Stored",
     "Usage",
     "add_key",
     "open_store",
     "read_keyring",
+    "this_node",
 ]
 
 _FORMS = "write sftp://USER@HOST/DIR, sftp://USER@HOST:PORT/DIR or file:///DIR"
 
 
-def open_store(config: StoreConfig) -> Store:
+def open_store(
+    config: StoreConfig, *, node: str = "", told: Callable[[Shipped], None] = lambda _: None
+) -> Store:
     """Return the store at *config*'s url. It connects when it is first used; use it as a context manager.
+
+    Args:
+        node: the name of this node, for whom its own directory, *config*'s local, goes with the store.
+        told: hears, in another thread, what came of each checkpoint that was to be shipped from there.
 
     Raises:
         ConfigError: the url is no such thing, or the key or the known hosts cannot be read.
     """
+    others = {}
+    for name in config.other:
+        other = config.named(name)
+        others[name] = (_backend(other), _quota(other))
+    tier = None
+    if node and config.local and _is_fit(Path(config.local)):
+        tier = Tier(Path(config.local), node, lambda: open_store(config), told)
+    return Store(_backend(config), _keyring(config), _quota(config), others=others, tier=tier)
+
+
+def this_node() -> str:
+    """Return what this machine is called as a node."""
+    return socket.gethostname().split(".")[0]
+
+
+def _is_fit(directory: Path) -> bool:
+    """Tell whether a node's directory is there. Raises ConfigError where it is another user's."""
+    try:
+        status = directory.stat()
+    except OSError as error:
+        _log.warning("%s: %s: checkpoints are shipped at once", directory, error.strerror)
+        return False
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ConfigError(
+            f"[store] local = {str(directory)!r}: not a directory that only its owner, this user, may write to",
+            hint=f"chown root {directory}; chmod 700 {directory}",
+        )
+    return True
+
+
+def _quota(config: StoreConfig) -> Quota:
+    return Quota(config.quota_bytes, config.user_quota_bytes)
+
+
+def _backend(config: StoreConfig) -> Backend:
     try:
         url = urlsplit(config.url)
         port = url.port
@@ -53,13 +107,9 @@ def open_store(config: StoreConfig) -> Store:
     if url.scheme == "file":
         if url.netloc or not path:
             raise _bad(config, "names no directory of this machine")
-        return Store(_throttled(config, LocalBackend(Path(path))), _keyring(config), config.quota_bytes)
+        return _throttled(config, LocalBackend(Path(path)))
     if url.scheme == "sftp":
-        return Store(
-            _throttled(config, _over_sftp(config, url, port or 22, path)),
-            _keyring(config),
-            config.quota_bytes,
-        )
+        return _throttled(config, _over_sftp(config, url, port or 22, path))
     raise _bad(config, "neither sftp:// nor file://" if config.url else "is not set")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,7 +60,7 @@ class Backend(Protocol):
             EOFError: a range goes beyond the file's end.
         """
 
-    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
         """Yield for each (name, offset, length) its bytes, in order: small parts of many files.
 
         In as few round trips as for one file, for every hundred. Raises as `read_ranges` does.

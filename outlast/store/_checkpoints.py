@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import re
 import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from outlast.store._keys import KeyMissing, Keyring
 from outlast.store._manifest import Header, Manifest, Pack, decode, decode_header, encode, pack_purpose
 from outlast.store._pack import FOOTER, Trailer, decode_trailer, trailer_range
 from outlast.store._pages import PAGE
+from outlast.store._quota import Quota, Room
 from outlast.store._reader import Frames, Stored, pack_path, write_files
 from outlast.store._source import Memory
 from outlast.store._writer import Gatherer, Known, PackWriter, finish_items, known_from, new_salt
@@ -47,13 +47,10 @@ _JOBS_KNOWN = 1000  # jobs whose manifests' headers are remembered
 class Checkpoints:
     """The checkpoints of all jobs; without a key they can only be listed."""
 
-    def __init__(self, backend: Backend, keyring: Keyring | ConfigError, quota: int = 0) -> None:
-        """*keyring*: the keys, or why there are none here; then only listing works.
-
-        *quota*: bytes that a job may have in the store, 0 for any number.
-        """
+    def __init__(self, backend: Backend, keyring: Keyring | ConfigError, quota: Quota) -> None:
+        """*keyring*: the keys, or why there are none here; then only listing works."""
         self._backend = backend
-        self._quota = quota
+        self.room = Room(backend, quota)
         self._keys = keyring
         self._headers: dict[JobKey, dict[Entry, Header]] = {}
         self._writing: tuple[JobKey, Known] | None = None  # a store writes one job's checkpoints at a time
@@ -72,18 +69,18 @@ class Checkpoints:
         inherited = self._writing is None or self._writing[0] != job
         known = self._known(job)
         gatherer = Gatherer(known, source, memories)
-        room = self._room(job)
+        owner = meta.get("uid")
         before = len(known.packs)
         shipped = 0
         try:
             while not gatherer.drained:
-                shipped += self._publish_pack(job, id, gatherer, known, room - shipped)
+                shipped += self._publish_pack(job, id, gatherer, known, owner)
             items, frames, packs, live, total = finish_items(gatherer, known)
             if inherited:
                 self._assert_there(job, packs)
             manifest = Manifest(job, id, time.time(), shipped, total, packs, frames, items, meta)
             data = encode(manifest, self._keyring)
-            self._backend.create(_manifest_path(job, id), [data])
+            self._backend.create(_manifest_path(job, id), self.room.within(job, owner, [data]))
         except FileExistsError:
             self._take_back(job, known.packs[before:])
             raise _taken(job, id) from None
@@ -95,6 +92,7 @@ class Checkpoints:
             # What has been stored stays of use, whatever became of the rest.
             known.table.settle()
         known.drop_sparse(live)
+        self.room.note(job, owner)
         return Checkpoint(id, manifest.created, shipped + len(data), total, meta)
 
     def _assert_there(self, job: JobKey, packs: Iterable[Pack]) -> None:
@@ -115,27 +113,8 @@ class Checkpoints:
             for pack in packs:
                 self._backend.remove(pack_path(job, pack.name))
 
-    def _room(self, job: JobKey) -> float:
-        """Return how many bytes *job* may add to the store."""
-        if not self._quota:
-            return math.inf
-        used = sum(
-            entry.size for kind in ("packs", "ckpt") for entry in self._backend.list(_directory(job, kind))
-        )
-        return self._quota - used
-
-    def _within(self, room: float, job: JobKey, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            room -= len(chunk)
-            if room < 0:
-                raise StoreRefused(
-                    f"job {job.job_id}: its quota of {self._quota} bytes in the store is used up",
-                    hint="raise quota under [store], lower keep under [checkpoint], or unpin checkpoints",
-                )
-            yield chunk
-
     def _publish_pack(
-        self, job: JobKey, id: CheckpointId, gatherer: Gatherer, known: Known, room: float
+        self, job: JobKey, id: CheckpointId, gatherer: Gatherer, known: Known, owner: object
     ) -> int:
         """Store the next pack of what *gatherer* finds; return its size, 0 if nothing more was new."""
         if not gatherer.more():
@@ -148,7 +127,7 @@ class Checkpoints:
             name, gatherer, keyring.cipher(keyring.newest, salt, pack_purpose(job, name)), salt, keyring
         )
         with contextlib.closing(writer.stream()) as chunks:
-            size = self._backend.create(pack_path(job, name), self._within(room, job, chunks))
+            size = self._backend.create(pack_path(job, name), self.room.within(job, owner, chunks))
         writer.finish(known)
         return size
 
@@ -160,29 +139,30 @@ class Checkpoints:
         for checkpoint in self.complete(job):
             try:
                 manifest = self.manifest(job, checkpoint.id)
-                known = known_from(manifest, self._trailers(job, manifest))
+                with contextlib.closing(self._trailers(job, manifest)) as trailers:
+                    known = known_from(manifest, trailers)
                 break
             except (CorruptCheckpoint, FileNotFoundError) as error:
                 _log.warning("pages of an older checkpoint are shipped again: %s", error)
         self._writing = (job, known)
         return known
 
-    def _trailers(self, job: JobKey, manifest: Manifest) -> Iterator[Trailer]:
+    def _trailers(self, job: JobKey, manifest: Manifest) -> Generator[Trailer, None, None]:
         """Yield the trailers of all packs of *manifest*: two looks at all of them, not at one after the other."""
         packs = manifest.packs
         names = [f"{job}: pack {pack.name}" for pack in packs]
         paths = [pack_path(job, pack.name) for pack in packs]
         ends = [(path, pack.size - FOOTER, FOOTER) for path, pack in zip(paths, packs, strict=True)]
         try:
-            places = [
-                (path, *trailer_range(footer, pack.size, what))
-                for path, pack, what, footer in zip(
-                    paths, packs, names, self._backend.read_each(ends), strict=True
-                )
-            ]
-            for pack, what, stored in zip(packs, names, self._backend.read_each(places), strict=True):
-                cipher = self._keyring.cipher(pack.key_id, pack.salt, pack_purpose(job, pack.name))
-                yield decode_trailer(cipher, stored, what)
+            with contextlib.closing(self._backend.read_each(ends)) as footers:
+                places = [
+                    (path, *trailer_range(footer, pack.size, what))
+                    for path, pack, what, footer in zip(paths, packs, names, footers, strict=True)
+                ]
+            with contextlib.closing(self._backend.read_each(places)) as trailers:
+                for pack, what, stored in zip(packs, names, trailers, strict=True):
+                    cipher = self._keyring.cipher(pack.key_id, pack.salt, pack_purpose(job, pack.name))
+                    yield decode_trailer(cipher, stored, what)
         except EOFError as error:
             raise CorruptCheckpoint(f"{job}: a pack is torn: {error}") from error
 
@@ -278,7 +258,9 @@ class Checkpoints:
         found = (CheckpointId(int(m["epoch"]), int(m["seq"])) for m in matches if m and not m["rest"])
         return sorted(found, reverse=True)
 
-    def verify(self, job: JobKey, id: CheckpointId, *, read_data: bool) -> int:
+    def verify(
+        self, job: JobKey, id: CheckpointId, *, read_data: bool, progress: Callable[[int, int], None]
+    ) -> int:
         """See `Store.verify`."""
         manifest = self._open(job, id)
         sizes = {entry.name: entry.size for entry in self._backend.list(_directory(job, "packs"))}
@@ -288,7 +270,12 @@ class Checkpoints:
         if not read_data:
             return 0
         frames = Frames(self._backend, manifest, self._keyring)
-        return sum(len(plain) // PAGE for _, plain in frames.read(np.arange(len(manifest.frames))))
+        pages = 0
+        for number, (_, plain) in enumerate(frames.read(np.arange(len(manifest.frames)))):
+            progress(number, len(manifest.frames))
+            pages += len(plain) // PAGE
+        progress(len(manifest.frames), len(manifest.frames))
+        return pages
 
     def _open(self, job: JobKey, id: CheckpointId) -> Manifest:
         try:
@@ -330,6 +317,7 @@ class Checkpoints:
                 continue
             if CheckpointId(int(match["epoch"]), int(match["seq"])) <= newest:
                 self._backend.remove(f"{_directory(job, 'packs')}/{entry.name}")
+        self.room.note(job)
         return count
 
     def forget_writer(self, job: JobKey) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from outlast.errors import StoreRefused, StoreUnavailable
@@ -110,7 +110,7 @@ class LocalBackend:
                     raise EOFError(f"{name}: ends before byte {offset + length}")
                 yield data
 
-    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
         """See `Backend.read_each`."""
         for name, offset, length in wanted:
             yield from self.read_ranges(name, [(offset, length)])

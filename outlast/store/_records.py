@@ -15,7 +15,7 @@ from outlast.model import JobKey
 from outlast.store._keys import SALT, Keyring
 
 # What a reader without the key can see: whose job it is and how it stands, nothing of what it does.
-PUBLIC = ("uid", "node", "epoch", "interval", "time", "status")
+PUBLIC = ("uid", "node", "epoch", "interval", "time", "status", "store", "local")
 _NONCE = bytes(12)  # a record has a key of its own, which encrypts once
 
 

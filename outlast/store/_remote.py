@@ -6,7 +6,7 @@ import contextlib
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from outlast.errors import StoreRefused, StoreUnavailable
 from outlast.store import _wire
@@ -105,7 +105,7 @@ class SftpBackend:
                 if not wire.lost:
                     wire.close(handle)
 
-    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
         """See `Backend.read_each`."""
         for start in range(0, len(wanted), _AT_ONCE):
             some = wanted[start : start + _AT_ONCE]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
 import logging
-import math
-import re
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-from outlast.errors import ConfigError, UsageError
+from outlast.errors import ConfigError, OutlastError, UsageError
 from outlast.model import Checkpoint, CheckpointId, JobKey, Lease, LeaseView
-from outlast.store import _records
 from outlast.store._backend import Backend
-from outlast.store._checkpoints import Checkpoints
-from outlast.store._format import Marked
+from outlast.store._homes import Home, Homes
+from outlast.store._journal import SMALL_NAME, Journal, small
 from outlast.store._keys import Keyring
 from outlast.store._leases import Leases
+from outlast.store._quota import Quota
 from outlast.store._reader import Stored
 from outlast.store._source import Memory
-from outlast.store._upkeep import Pruned, Upkeep, Usage
+from outlast.store._tier import RECORD, Tier, told_of
+from outlast.store._upkeep import Progress, Pruned, Usage
 
 _log = logging.getLogger(__name__)
 
-_SMALL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
-
-class Store:
+class Store(Journal):
     """The checkpoints, records, events, requests and leases of jobs, kept as docs/store-format.md says.
 
     Not shared between threads: each opens its own. Every method may raise StoreUnavailable (no answer;
@@ -38,18 +35,30 @@ class Store:
     StoreUnavailable it is unknown whether the call took effect.
     """
 
-    def __init__(self, backend: Backend, keyring: Keyring | ConfigError, quota: int = 0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        keyring: Keyring | ConfigError,
+        quota: Quota | None = None,
+        *,
+        others: Mapping[str, tuple[Backend, Quota]] | None = None,
+        tier: Tier | None = None,
+    ) -> None:
         """*keyring*: the data keys, or why there are none here: checkpoints can then only be listed.
 
-        *quota*: bytes that a job may have here, 0 for any number.
+        Args:
+            quota: what a job, and all jobs of a user, may have here.
+            others: further stores, by name, and how to reach them. A job whose start record has a member
+                "store" has its checkpoints and pins there; all else of it is here.
+            tier: this node's own directory, through which checkpoints go.
         """
-        backend = self._backend = cast(Backend, Marked(backend))
-        self._keyring = keyring
-        self._checkpoints = Checkpoints(backend, keyring, quota)
-        self._upkeep = Upkeep(backend)
+        self._tier = tier
+        self._homes = Homes(backend, keyring, quota or Quota(), others or {}, tier)
+        self._home_of: dict[JobKey, str] = {}
+        backend = self._backend = self._homes.main.backend
+        super().__init__(backend, keyring)
+        self._upkeep = self._homes.main.upkeep
         self._leases = Leases(backend)
-        self._appending: set[str] = set()  # event streams whose last line is surely whole
-        self._taken: dict[JobKey, list[Mapping[str, Any]]] = {}  # requests read, and not yet returned
 
     def __enter__(self) -> Store:
         return self
@@ -61,7 +70,31 @@ class Store:
 
     def close(self) -> None:
         """End the connection, if there is one."""
-        self._backend.close()
+        if self._tier is not None:
+            self._tier.close()
+        self._homes.close()
+
+    def home(self, job: JobKey) -> Home:
+        """Return where the checkpoints of *job* are.
+
+        Raises:
+            ConfigError: in a store that the configuration of this machine does not have.
+        """
+        name = self._home_of.get(job)
+        if name is None:
+            start = self.get_record(job, "start") if self._homes.others else {}
+            name = str((start or {}).get("store", ""))
+            if start:
+                self._home_of[job] = name
+        return self._homes.called(name, job)
+
+    def require_home(self, job: JobKey) -> None:
+        """Raise ConfigError where the checkpoints of *job* are in a store that is not in the configuration.
+
+        To be called before a job is taken for one without checkpoints; it reads the start record once more
+        than `checkpoints` does where there is but one store.
+        """
+        self._homes.called(str((self.get_record(job, "start") or {}).get("store", "")), job)
 
     def require_key(self) -> None:
         """Raise ConfigError where there is no data key: checkpoints can then only be listed."""
@@ -82,7 +115,8 @@ class Store:
 
         Pages that the job's earlier checkpoints have are not stored again, and zero pages never are. The
         manifest goes last: afterwards the checkpoint is there and complete, or not there at all; it is on the
-        server's disk. Memory stays below some 80 MiB, plus 24 bytes for each page of the job.
+        server's disk, or on this node's where it has a tier: `await_durable`. Memory stays below some 80 MiB, plus
+        24 bytes for each page of the job.
 
         Args:
             meta: JSON values, given back by `checkpoints`. What says nothing of the job's work (see
@@ -94,7 +128,11 @@ class Store:
             StoreUnavailable: calling it again goes on where it broke off: finished packs are used.
             OutlastError: *source* or a memory cannot be read.
         """
-        return self._checkpoints.publish(job, id, source, meta, memories)
+        home = self.home(job)
+        if self._tier is not None:
+            return self._tier.publish(home, job, id, source, meta, memories)
+        done = home.checkpoints.publish(job, id, source, meta, memories)
+        return dataclasses.replace(done, where=(home.name,))
 
     def checkpoints(self, job: JobKey) -> list[Checkpoint]:
         """Return the complete checkpoints of *job*, newest first.
@@ -102,7 +140,37 @@ class Store:
         Complete: the manifest is what was published, as far as the key is here to tell, and its packs are
         there and as long as they should be. Others are left out, and logged. Pages are verified by `fetch`.
         """
-        return self._checkpoints.complete(job)
+        home = self.home(job)
+        if self._tier is not None:
+            return self._tier.found(home, job)
+        return [dataclasses.replace(one, where=(home.name,)) for one in home.checkpoints.complete(job)]
+
+    def whereabouts(self, job: JobKey) -> list[Checkpoint]:
+        """Return what `checkpoints` does, and the one that so far only the job's node has, as that tells."""
+        found = self.checkpoints(job)
+        told = told_of(self.get_record(job, RECORD))
+        for number, one in enumerate(found):
+            if told is not None and one.id == told.id:
+                found[number] = dataclasses.replace(one, where=(*dict.fromkeys((*one.where, *told.where)),))
+        if told is not None and (not found or told.id > found[0].id):
+            found.insert(0, told)
+        return found
+
+    def await_durable(self, job: JobKey, id: CheckpointId, seconds: float) -> bool:
+        """Wait at most *seconds* until checkpoint *id*, or a later one, does not depend on this node; tell if so."""
+        return self._tier is None or self._tier.shipper.wait(job, id, seconds)
+
+    def resume(self, job: JobKey, epoch: int) -> None:
+        """Have the newest checkpoint shipped from this node's tier, if run *epoch* goes on from it and it is not."""
+        if self._tier is not None:
+            for one in self.checkpoints(job)[:1]:
+                if not one.durable and one.id.epoch >= epoch - 1:
+                    self._tier.shipper.ship(job, one)
+
+    @property
+    def shipping_seconds(self) -> float:
+        """How long the last checkpoint took from this node's tier to the store; 0 where there is no tier."""
+        return 0.0 if self._tier is None else self._tier.shipper.seconds
 
     def fetch(self, job: JobKey, id: CheckpointId, into: Path) -> None:
         """Make the directory *into*, mode 0700, with all files of the checkpoint *id*, every byte verified.
@@ -114,25 +182,33 @@ class Store:
             CorruptCheckpoint: stored bytes are not what was published; go on with an older checkpoint.
             OutlastError: *into* cannot be written.
         """
-        self._checkpoints.fetch(job, id, into)
+        self.home(job).checkpoints.fetch(job, id, into)
 
     def open(self, job: JobKey, id: CheckpointId) -> Stored:
         """Return checkpoint *id* for the reading of single pages. Raises UsageError, CorruptCheckpoint.
 
         While it is read, this store serves nothing else.
         """
-        return self._checkpoints.open(job, id)
+        return self.home(job).checkpoints.open(job, id)
 
     def published(self, job: JobKey) -> list[CheckpointId]:
         """Return the ids of all checkpoints of *job* that have a manifest, good or not, newest first."""
-        return self._checkpoints.published(job)
+        return self.home(job).checkpoints.published(job)
 
-    def verify(self, job: JobKey, id: CheckpointId, *, read_data: bool = True) -> int:
+    def verify(
+        self,
+        job: JobKey,
+        id: CheckpointId,
+        *,
+        read_data: bool = True,
+        progress: Progress = lambda *_: None,
+    ) -> int:
         """Verify checkpoint *id*: with *read_data* every stored page, else its manifest and its packs' sizes.
 
-        Returns how many pages were read. Raises CorruptCheckpoint, or UsageError where there is none.
+        *progress* hears of frames read, of how many. Returns how many pages were read. Raises
+        CorruptCheckpoint, or UsageError where there is none.
         """
-        return self._checkpoints.verify(job, id, read_data=read_data)
+        return self.home(job).checkpoints.verify(job, id, read_data=read_data, progress=progress)
 
     def forget(
         self,
@@ -160,65 +236,86 @@ class Store:
             yield from self.pins(job)
             yield from also(found)
 
-        return self._checkpoints.forget(job, kept)
+        home = self.home(job)
+        gone = home.behind.forget(job, kept)
+        if self._tier is not None:
+            shipping = self._tier.shipper.shipping
+            gone += home.checkpoints.forget(job, lambda found: {*kept(found), *filter(None, [shipping])})
+        return gone
+
+    def leave_node(self, job: JobKey) -> None:
+        """Remove what this node's tier has of *job*, whose work is done."""
+        if self._tier is not None:
+            self._tier.remove(job)
 
     # --- upkeep -----------------------------------------------------------------------------------
 
     def pins(self, job: JobKey) -> frozenset[CheckpointId]:
         """Return which checkpoints of *job* are pinned: `forget` and `prune` leave them."""
-        return self._upkeep.pins(job)
+        return self.home(job).upkeep.pins(job)
 
     def pin(self, job: JobKey, id: CheckpointId) -> None:
         """Keep checkpoint *id* until it is unpinned. Raises UsageError where there is no such checkpoint."""
         if id not in [checkpoint.id for checkpoint in self.checkpoints(job)]:
             raise UsageError(f"{id.name(job.job_id)}: no such checkpoint")
-        self._upkeep.pin(job, id)
+        self.home(job).upkeep.pin(job, id)
 
     def unpin(self, job: JobKey, id: CheckpointId) -> bool:
         """Take the pin off checkpoint *id*; True if there was one."""
-        return self._upkeep.unpin(job, id)
+        return self.home(job).upkeep.unpin(job, id)
 
     def usage(self, job: JobKey) -> Usage:
         """Return what all files of *job* take on the server, and since when none of them changed."""
-        return self._upkeep.usage(_job(job))
+        mine, home = self._upkeep.usage(_job(job)), self.home(job)
+        if home is self._homes.main:
+            return mine
+        there = home.upkeep.usage(_job(job))
+        return Usage(mine.stored_bytes + there.stored_bytes, min(mine.idle, there.idle))
 
-    def prune(self, cluster: str, *, ended: float, lost: float, grace: float) -> Pruned:
+    def prune(
+        self,
+        cluster: str,
+        *,
+        ended: float,
+        lost: float,
+        grace: float,
+        progress: Progress = lambda *_: None,
+    ) -> Pruned:
         """Put the jobs of *cluster* that are over into the trash, and remove what has been there for long.
 
         Over: without a lease, without a pin, and nothing of it changed for *ended* seconds, or for *lost*
         seconds where the store does not know that it ended. What was retired goes after *ended* seconds.
         From the trash, which is not looked into by anybody else, things go for good after *grace* seconds;
-        until then a rename brings them back. Nobody is kept waiting, and nothing locked.
+        until then a rename brings them back. Nobody is kept waiting, and nothing locked. *progress* hears of
+        jobs looked at, of how many.
         """
 
         def held() -> list[JobKey]:
             return [view.lease.job for view in self.leases(cluster)]
 
-        return self._upkeep.prune(cluster, held, ended=ended, lost=lost, grace=grace)
+        def pinned(job: JobKey) -> bool:
+            try:
+                return bool(self.pins(job))
+            except OutlastError as error:
+                _log.warning("left as it is: %s", error)
+                return True
 
-    # --- records ----------------------------------------------------------------------------------
+        done = self._upkeep.prune(
+            cluster, held, pinned, ended=ended, lost=lost, grace=grace, progress=progress
+        )
+        # Elsewhere goes what is no longer here: what a job is, this store knows.
+        here = set(self.jobs(cluster))
+        for home in self._homes.others.values():
+            more = home.upkeep.prune(cluster, held, here.__contains__, ended=ended, lost=ended, grace=grace)
+            trashed, removed = (
+                [f"{home.name}: {one}" for one in some] for some in (more.trashed, more.removed)
+            )
+            done = Pruned((*done.trashed, *trashed), (*done.removed, *removed))
+        for home in (self._homes.main, *self._homes.others.values()):
+            home.behind.room.tidy(cluster)
+        return done
 
-    def put_record(self, job: JobKey, name: str, value: Mapping[str, Any]) -> None:
-        """Make *value* (JSON values) the record *name* of *job*; readers see the old or the new one.
-
-        What is not in `_records.PUBLIC` is encrypted. Raises ConfigError where there is no key.
-        """
-        if not isinstance(self._keyring, Keyring):
-            raise self._keyring
-        self._backend.replace(_record_name(job, name), _records.encode(job, name, value, self._keyring))
-
-    def get_record(self, job: JobKey, name: str) -> Mapping[str, Any] | None:
-        """Return the record *name* of *job*, or None where there is none; without a key, its public part.
-
-        Raises:
-            CorruptCheckpoint: it is not what was stored there.
-            KeyMissing: this node does not have the key that it is encrypted with.
-        """
-        try:
-            data = self._backend.read(_record_name(job, name))
-        except FileNotFoundError:
-            return None
-        return _records.decode(data, job, name, self._keyring)
+    # --- jobs -------------------------------------------------------------------------------------
 
     def retire(self, job: JobKey) -> bool:
         """Put what is stored under *job*'s name out of the way, and drop its leases; True if there was any.
@@ -226,78 +323,29 @@ class Store:
         For a scheduler that uses a job's id again. All is kept, as retired/<cluster>/<id>.<random>.
         """
         self._leases.drop_all(job)
-        self._checkpoints.forget_writer(job)
+        homes = [self._homes.main]
+        with contextlib.suppress(ConfigError):  # what is there stays until its store is pruned
+            if (home := self.home(job)) not in homes:
+                homes.append(home)
+        self._home_of.pop(job, None)
+        if self._tier is not None:
+            self._tier.remove(job)
         self._appending.clear()
-        return self._backend.rename(_job(job), f"retired/{job.cluster}/{job.job_id}.{uuid.uuid4().hex[:12]}")
+        to = f"retired/{job.cluster}/{job.job_id}.{uuid.uuid4().hex[:12]}"
+        found = False
+        for home in reversed(homes):
+            home.checkpoints.forget_writer(job)
+            home.behind.forget_writer(job)
+            found = home.backend.rename(_job(job), to) or found
+        return found
 
     def jobs(self, cluster: str) -> list[JobKey]:
         """Return every job of *cluster* of which anything is stored, sorted."""
         found = []
-        for entry in self._backend.list(f"jobs/{_small(cluster)}"):
-            if entry.is_directory and _SMALL_NAME.fullmatch(entry.name):
+        for entry in self._backend.list(f"jobs/{small(cluster)}"):
+            if entry.is_directory and SMALL_NAME.fullmatch(entry.name):
                 found.append(JobKey(cluster, entry.name))
         return sorted(found)
-
-    # --- events -----------------------------------------------------------------------------------
-
-    def append_events(self, job: JobKey, stream: str, events: Sequence[Mapping[str, Any]]) -> None:
-        """Add *events* (JSON values, with a "time": seconds, Unix time) to the log of *job*.
-
-        Each stream has one writer at a time. Repeat the call after StoreUnavailable: an event that is
-        stored twice is read once.
-        """
-        if not events:
-            return
-        name = f"{_job(job)}/events/{_small(stream)}.jsonl"
-        # Somebody may have been cut off in the middle of a line; an empty line is nobody's event.
-        start = b"" if name in self._appending else b"\n"
-        self._appending.discard(name)
-        self._backend.append(name, start + b"".join(map(_line, events)))
-        self._appending.add(name)
-
-    def events(self, job: JobKey) -> list[Mapping[str, Any]]:
-        """Return the events of all streams of *job*, in the order of their "time", without torn lines."""
-        found: list[Mapping[str, Any]] = []
-        for entry in self._backend.list(f"{_job(job)}/events"):
-            if not entry.name.endswith(".jsonl"):
-                continue
-            try:
-                lines = self._backend.read(f"{_job(job)}/events/{entry.name}").split(b"\n")
-            except FileNotFoundError:
-                continue  # retired since the listing
-            values = (_object(line) for line in dict.fromkeys(lines[:-1]))
-            found += [value for value in values if value is not None]
-        return sorted(found, key=_time)
-
-    # --- requests ---------------------------------------------------------------------------------
-
-    def post_request(self, job: JobKey, request: Mapping[str, Any]) -> str:
-        """Leave *request* (JSON values) for the manager of *job*, and return the request's id."""
-        id = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        self._backend.create(f"{_job(job)}/requests/{id}.json", [_line({**request, "id": id})])
-        return id
-
-    def take_requests(self, job: JobKey) -> list[Mapping[str, Any]]:
-        """Remove the requests to *job* and return them, oldest first (by the clocks of those who posted).
-
-        Each is returned once, to one taker, with its "id". One round trip when there is none: the
-        directory exists only while there are requests.
-        """
-        taken = self._taken.setdefault(job, [])
-        directory = f"{_job(job)}/requests"
-        entries = self._backend.list(directory)
-        for entry in entries:
-            if entry.is_directory or not entry.name.endswith(".json"):
-                continue
-            try:
-                value = _object(self._backend.read(f"{directory}/{entry.name}"))
-            except FileNotFoundError:
-                continue
-            if self._backend.remove(f"{directory}/{entry.name}") and value is not None:
-                taken.append(value)
-        if entries:
-            self._backend.remove_directory(directory)
-        return self._taken.pop(job)
 
     # --- leases -----------------------------------------------------------------------------------
 
@@ -326,7 +374,7 @@ class Store:
         it by 2 s at most (SFTP; 0.02 s in a directory) and the round trip. It is told by the clock of
         the store's machine alone. Two listings and a write, however many leases there are.
         """
-        return self._leases.views(_small(cluster))
+        return self._leases.views(small(cluster))
 
     def drop_lease(self, lease: Lease) -> None:
         """Give up *lease*, if it is still there; those of other runs of the job stay."""
@@ -335,30 +383,3 @@ class Store:
 
 def _job(job: JobKey) -> str:
     return f"jobs/{job.cluster}/{job.job_id}"
-
-
-def _record_name(job: JobKey, name: str) -> str:
-    return f"{_job(job)}/records/{_small(name)}.json"
-
-
-def _small(name: str) -> str:
-    if not _SMALL_NAME.fullmatch(name):
-        raise UsageError(f"{name!r}: not a name of a cluster, a record or a stream")
-    return name
-
-
-def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(dict(value), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def _object(data: bytes) -> Mapping[str, Any] | None:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _time(event: Mapping[str, Any]) -> float:
-    time = event.get("time")
-    return float(time) if isinstance(time, int | float) and math.isfinite(time) else 0.0

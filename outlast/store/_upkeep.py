@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from outlast.errors import OutlastError
 from outlast.model import CheckpointId, JobKey
@@ -14,6 +15,10 @@ from outlast.store._backend import UNFINISHED, Backend, Entry
 
 _PIN = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
 _TRASHED = re.compile(r".+\.(?P<time>[0-9]+)\.[0-9a-f]{12}")
+
+
+# Called with how much has been done, and of how much.
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,27 @@ class Upkeep:
         return Usage(sum(entry.size for entry in files), max(0.0, idle))
 
     def prune(
-        self, cluster: str, held: Callable[[], Iterable[JobKey]], *, ended: float, lost: float, grace: float
+        self,
+        cluster: str,
+        held: Callable[[], Iterable[JobKey]],
+        kept: Callable[[JobKey], bool] = lambda _: False,
+        *,
+        ended: float,
+        lost: float,
+        grace: float,
+        progress: Progress = lambda *_: None,
     ) -> Pruned:
-        """See `Store.prune`. *held* tells which jobs have a lease now."""
+        """See `Store.prune`. *held* tells which jobs have a lease now, *kept* what else keeps a job."""
         now = self._backend.clock()
         trashed = []
-        for entry in self._backend.list(f"jobs/{cluster}"):
+        entries = self._backend.list(f"jobs/{cluster}")
+        for number, entry in enumerate(entries):
+            progress(number, len(entries))
             name = f"jobs/{cluster}/{entry.name}"
             # Asked last and each time: a job may begin to go on at any moment.
             if not entry.is_directory or not self._is_over(cluster, entry.name, ended, lost):
                 continue
-            if JobKey(cluster, entry.name) in held():
+            if kept(JobKey(cluster, entry.name)) or JobKey(cluster, entry.name) in held():
                 continue
             trashed += self._put_away(name, now)
         for entry in self._backend.list(f"retired/{cluster}"):
@@ -87,6 +102,7 @@ class Upkeep:
             # Left where a connection broke while the store's marker was made, or its clock was asked for.
             if entry.name.endswith(UNFINISHED) and now - entry.mtime > grace and not entry.is_directory:
                 self._backend.remove(entry.name)
+        progress(len(entries), len(entries))
         return Pruned(tuple(trashed), tuple(removed))
 
     def _is_over(self, cluster: str, job_id: str, ended: float, lost: float) -> bool:

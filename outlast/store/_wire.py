@@ -149,7 +149,7 @@ class Wire:
         """
         return self._read(((handle, offset, length) for offset, length in ranges), more)
 
-    def read_each(self, wanted: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
+    def read_each(self, wanted: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]:
         """Yield the bytes of each (path, offset, length); three round trips for all of them together.
 
         Raises Status where a file cannot be opened, EOFError where one ends too early.

@@ -100,7 +100,7 @@ class Desk:
     def _list(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
         with self._store() as store:
             job = self._job_of(peer, request, store)
-            checkpoints = store.checkpoints(job)
+            checkpoints = store.whereabouts(job)
         return {"checkpoints": [_checkpoint_row(job.job_id, one) for one in checkpoints]}
 
     def _show(self, peer: Peer, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -368,4 +368,6 @@ def _checkpoint_row(job_id: str, checkpoint: Checkpoint) -> Mapping[str, Any]:
         "image_bytes": checkpoint.image_bytes,
         "stored_bytes": checkpoint.stored_bytes,
         "pause_ms": checkpoint.meta.get("pause_ms"),
+        "where": list(checkpoint.where),
+        "durable": checkpoint.durable,
     }

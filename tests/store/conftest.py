@@ -21,7 +21,7 @@ from outlast.store._remote import SftpBackend
 from outlast.store._sftp import Server, SshLink
 
 if TYPE_CHECKING:
-    from tests.conftest import Need, SshServer
+    from tests.conftest import Need, SshServer, StartSshd
 
 
 @pytest.fixture(params=["paramiko", "openssh"])
@@ -38,6 +38,16 @@ def server(request: pytest.FixtureRequest) -> SshServer | None:
     sshd: SshServer = request.getfixturevalue("sshd")
     sshd.transport = request.param
     return sshd
+
+
+@pytest.fixture
+def own_server(start_sshd: StartSshd, transport: str) -> Iterator[SshServer]:
+    """A server of this test's own, to be mistreated."""
+    server = start_sshd()
+    server.transport = transport
+    yield server
+    server.resume()
+    server.kill()
 
 
 @pytest.fixture
@@ -129,3 +139,19 @@ def small_disk(need: Need, top: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "outlast-test", top], check=True)
     yield top
     subprocess.run(["umount", "-l", top], check=True)
+
+
+@pytest.fixture
+def mounted(need: Need) -> Iterator[Callable[[Path, str], None]]:
+    """Mount a small disk on a directory until the test is over."""
+    need("root", None if os.geteuid() == 0 else "mounting needs root")
+    places: list[Path] = []
+
+    def mount(place: Path, size: str) -> None:
+        options = f"size={size},mode=700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "outlast-test", place], check=True)
+        places.append(place)
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", place], check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def server(start_sshd: StartSshd, transport: str) -> Iterator[SshServer]:
-    """A server of this test's own."""
-    server = start_sshd()
-    server.transport = transport
-    yield server
-    server.resume()
-    server.kill()
+def server(own_server: SshServer) -> SshServer:
+    return own_server
 
 
 @pytest.fixture

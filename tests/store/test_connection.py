@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,8 @@ LARGE = 96 << 20
 
 
 @pytest.fixture
-def server(start_sshd: StartSshd, transport: str) -> Iterator[SshServer]:
-    """A server of this test's own, to be mistreated."""
-    server = start_sshd()
-    server.transport = transport
-    yield server
-    server.resume()
-    server.kill()
+def server(own_server: SshServer) -> SshServer:
+    return own_server
 
 
 @pytest.fixture
@@ -191,10 +186,14 @@ def test_server_that_falls_silent_in_the_middle_is_unavailable_after_the_timeout
 
 
 class Relay:
-    """Hands bytes to a server and back, until it is told to take no more; its buffers are small."""
+    """Hands bytes to a server and back, until it is told to take no more; its buffers are small.
 
-    def __init__(self, port: int) -> None:
+    *rate*: bytes a second that go to the server.
+    """
+
+    def __init__(self, port: int, rate: float = 1e12) -> None:
         self._to = port
+        self._rate = rate
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         self.port = int(self._listener.getsockname()[1])
@@ -212,6 +211,7 @@ class Relay:
                     if not data:
                         self.stopped.set()
                     (far if ready is near else near).sendall(data)
+                    time.sleep(len(data) / self._rate if ready is near else 0)
             self.done.wait(60)
 
     def close(self) -> None:
@@ -219,6 +219,22 @@ class Relay:
         self.done.set()
         self._thread.join(60)
         self._listener.close()
+
+
+def test_slow_link_is_no_silent_server(server: SshServer, top: Path, job: JobKey, tmp_path: Path) -> None:
+    relay = Relay(server.port, rate=2e6)
+    server.known_hosts.write_text(server.known_hosts.read_text().replace(str(server.port), str(relay.port)))
+    config = server.config(top, timeout=1.0)
+    config = dataclasses.replace(config, url=config.url.replace(str(server.port), str(relay.port)))
+    image = tmp_path / "image"
+    image.mkdir()
+    (image / "pages").write_bytes(os.urandom(4 << 20))
+    with open_store(config) as store:
+        store.publish(job, FIRST, image, {})  # takes twice as long as a server may be silent
+        store.fetch(job, FIRST, tmp_path / "fetched")
+    relay.close()
+
+    assert (tmp_path / "fetched/pages").read_bytes() == (image / "pages").read_bytes()
 
 
 def test_server_that_takes_no_more_bytes_is_unavailable_after_the_timeout(
@@ -288,5 +304,5 @@ def test_full_server_says_so(server: SshServer, small_disk: Path, job: JobKey, l
         with pytest.raises(StoreRefused, match="no space") as caught:
             store.publish(job, FIRST, large, {})
         assert caught.value.hint == "make room on the server"
-        assert stored_bytes(small_disk) == 0
+        assert stored_bytes(small_disk / "jobs") == 0
         store.put_record(job, "start", {})

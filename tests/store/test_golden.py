@@ -13,7 +13,8 @@ import pytest
 
 from outlast.config import StoreConfig
 from outlast.model import CheckpointId, JobKey
-from outlast.store import Store, open_store
+from outlast.store import Store, open_store, read_keyring
+from outlast.store._manifest import decode, pack_purpose
 from outlast.store._pages import PAGE
 
 GOLDEN = Path(__file__).parents[1] / "golden/store-v1"
@@ -70,6 +71,23 @@ def test_pages_of_version_1_can_be_had_alone(golden: Store, tmp_path: Path, name
             for page in range(pages):
                 assert stored.read(space, vaddr + page * PAGE, 1) == content[at : at + PAGE]
                 at += PAGE
+
+
+def test_frames_of_version_1_are_packed_in_every_way_that_it_knows(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    (tmp_path / "golden/data.key").chmod(0o600)
+    keyring = read_keyring(tmp_path / "golden/data.key")
+    job = tmp_path / "golden/store/jobs/golden/17"
+    forms = set()
+    for name in EXPECTED:
+        manifest = decode((job / f"ckpt/{name}.ck").read_bytes(), JOB, id_of(name), keyring)
+        for number, frame, offset, length, _ in manifest.frames.tolist():
+            pack = manifest.packs[number]
+            stored = (job / f"packs/{pack.name}.pack").read_bytes()[offset : offset + length]
+            cipher = keyring.cipher(pack.key_id, pack.salt, pack_purpose(JOB, pack.name))
+            forms.add(cipher.decrypt(frame.to_bytes(12, "little"), stored, None)[0])
+
+    assert forms == {0, 1, 2, 3}
 
 
 def test_records_and_events_of_version_1_are_read(golden: Store) -> None:

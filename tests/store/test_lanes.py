@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,20 +17,16 @@ from outlast.store._wire import Lost
 from tests.store.conftest import remote
 
 if TYPE_CHECKING:
-    from tests.conftest import SshServer, StartSshd
+    from tests.conftest import SshServer
 
 FIRST, SECOND = CheckpointId(0, 1), CheckpointId(0, 2)
 
 
 @pytest.fixture
-def server(start_sshd: StartSshd, transport: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServer]:
+def server(own_server: SshServer, monkeypatch: pytest.MonkeyPatch) -> SshServer:
     """A server that counts as one far away: four connections are worth their while, one with the other."""
     monkeypatch.setattr(_remote, "connections", lambda *_: 4)
-    server = start_sshd()
-    server.transport = transport
-    yield server
-    server.resume()
-    server.kill()
+    return own_server
 
 
 @pytest.fixture

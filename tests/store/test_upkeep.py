@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -124,6 +125,52 @@ def test_quota_refuses_clearly_and_the_newest_checkpoint_stays_whole(
         store.publish(JobKey("testbed", "18"), CheckpointId(0, 1), source, {})
 
 
+def test_quota_of_a_user_counts_all_jobs_of_the_user_and_nobody_elses(
+    config: StoreConfig, top: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "large"
+    source.mkdir()
+    (source / "a").write_bytes(os.urandom(2 << 20))
+    mine, another, theirs = (JobKey("testbed", name) for name in ("1", "2.a", "3"))
+    with open_store(dataclasses.replace(config, user_quota="5M")) as store:
+        store.publish(mine, CheckpointId(0, 1), source, {"uid": 2000})
+        store.publish(theirs, CheckpointId(0, 1), source, {"uid": 2001})
+        store.publish(another, CheckpointId(0, 1), source, {"uid": 2000})
+        (source / "a").write_bytes(os.urandom(2 << 20))
+        with pytest.raises(StoreRefused, match="quota of user 2000, 5242880 bytes") as caught:
+            store.publish(another, CheckpointId(0, 2), source, {"uid": 2000})
+        assert caught.value.hint is not None
+        assert [one.id.seq for one in store.checkpoints(another)] == [1]
+        store.publish(theirs, CheckpointId(0, 2), source, {"uid": 2001})
+        sizes = {job: store.usage(job).stored_bytes for job in (mine, another, theirs)}
+    notes = {str(path.relative_to(top / "usage/testbed")) for path in (top / "usage").rglob("*.*")}
+
+    assert notes == {f"2000/1.{sizes[mine]}", f"2000/2.a.{sizes[another]}", f"2001/3.{sizes[theirs]}"}
+    assert all(path.stat().st_size == 0 for path in (top / "usage").rglob("*.*"))
+
+
+def test_what_is_forgotten_or_put_away_counts_no_longer(
+    config: StoreConfig, top: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "large"
+    source.mkdir()
+    mine, another = JobKey("testbed", "1"), JobKey("testbed", "2")
+    with open_store(dataclasses.replace(config, user_quota="5M")) as store:
+        for seq in (1, 2):
+            (source / "a").write_bytes(os.urandom(2 << 20))
+            store.publish(mine, CheckpointId(0, seq), source, {"uid": 2000})
+        with pytest.raises(StoreRefused, match="quota of user 2000"):
+            store.publish(another, CheckpointId(0, 1), source, {"uid": 2000})
+        store.forget(mine, 1)
+        store.publish(another, CheckpointId(0, 1), source, {"uid": 2000})
+        age(top / "jobs/testbed/1", 9e6)
+        store.prune("testbed", ended=9e5, lost=9e5, grace=9e5)
+
+        assert [path.name.partition(".")[0] for path in (top / "usage/testbed/2000").iterdir()] == ["2"]
+        (source / "a").write_bytes(os.urandom(2 << 20))
+        store.publish(another, CheckpointId(0, 2), source, {"uid": 2000})
+
+
 @pytest.mark.parametrize("text", ["50X", "-1", "1.5G", "G", "5 G"])
 def test_quota_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="quota"):
@@ -165,7 +212,7 @@ def test_jobs_that_are_long_over_go_in_two_steps(store: Store, top: Path, small:
     age(top, 8 * DAY)
     store.put_record(JobKey("c", "5"), "start", {"uid": 1})  # 5 goes on
     store.renew_lease(Lease(JobKey("c", "4"), 1, "n1", 2000))
-    times = {"ended": 7.0 * DAY, "lost": 30.0 * DAY, "grace": 2.0 * DAY}
+    times: dict[str, Any] = {"ended": 7.0 * DAY, "lost": 30.0 * DAY, "grace": 2.0 * DAY}
 
     first = store.prune("c", **times)
     assert first.trashed == ("jobs/c/1",)

@@ -56,6 +56,55 @@ def test_each_value_says_where_it_comes_from(main: Path) -> None:
     assert found["lease.guard"] == (True, "default")
 
 
+def test_further_stores_come_by_name_from_all_files_in_their_order(main: Path) -> None:
+    main.write_text(GOOD + '[store.other.fast]\nurl = "file:///fast"\npartitions = "gpu*"\n')
+    late = add(
+        main,
+        "10.toml",
+        '[store.other.big]\nurl = "file:///big"\nusers = "al"\n[store.other.fast]\nquota = "5G"\n',
+    )
+
+    store = read_config(main).store
+
+    assert list(store.other) == ["fast", "big"]
+    assert (store.other["fast"].url, store.other["fast"].quota) == ("file:///fast", "5G")
+    found = explain_config(main)
+    assert found["store.other.fast.partitions"] == ("gpu*", f"{main}:10")
+    assert found["store.other.fast.quota"] == ("5G", f"{late}:5")
+    assert found["store.other.big.quota"] == ("", "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[store.other]\nfast = "file:///x"\n', ["[store] other: must be tables", "[store.other.NAME]"]),
+        ('[store.other.fast]\npartition = "x"\n', [":2: [store.other.fast] partition: no such key"]),
+        ('[store.other.fast]\npartitions = "x"\n', ["[store.other.fast] url", "must be set"]),
+        ('[store.other.fast]\nurl = "file:///x"\n', ["one of partitions, users and jobs"]),
+        (
+            '[store.other.fast]\nurl = "file:///x"\njobs = 3\n',
+            [":3: [store.other.fast] jobs = 3: must be a text"],
+        ),
+        (
+            '[store.other.fast]\nurl = "file:///x"\njobs = "a"\nquota = "x"\n',
+            [':4: [store.other.fast] quota = "x"'],
+        ),
+        ('[store.other."a b"]\nurl = "file:///x"\njobs = "a"\n', ['other = "a b": must be a name']),
+        ('[store]\nlocal = "nvme"\n', [':2: [store] local = "nvme": must be a path from the root']),
+        ('[store]\nuser_quota = "many"\n', [':2: [store] user_quota = "many"']),
+    ],
+)
+def test_store_that_cannot_be_is_refused_with_file_line_and_key(
+    main: Path, text: str, says: list[str]
+) -> None:
+    add(main, "10.toml", text)
+
+    with pytest.raises(ConfigError) as caught:
+        read_config(main)
+    for part in says:
+        assert part in f"{caught.value} {caught.value.hint}"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -1,0 +1,70 @@
+"""Where checkpoints are: in the store that a site has, or in a further one; maybe on this node first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
+
+from outlast.errors import ConfigError
+from outlast.model import JobKey
+from outlast.store._backend import Backend
+from outlast.store._checkpoints import Checkpoints
+from outlast.store._format import Marked
+from outlast.store._keys import Keyring
+from outlast.store._quota import Quota
+from outlast.store._tier import Tier, TieredBackend
+from outlast.store._upkeep import Upkeep
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where the checkpoints of some jobs are: a store, called *behind*; they go and are read by *checkpoints*."""
+
+    name: str
+    backend: Backend
+    checkpoints: Checkpoints
+    behind: Checkpoints
+    upkeep: Upkeep
+
+
+class Homes:
+    """All homes of one configuration; each connects when it is first used."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        keyring: Keyring | ConfigError,
+        quota: Quota,
+        others: Mapping[str, tuple[Backend, Quota]],
+        tier: Tier | None,
+    ) -> None:
+        """See `Store`."""
+        self._keyring = keyring
+        self._tier = tier
+        self.main = self._at("store", backend, quota)
+        self.others = {name: self._at(name, one, limit) for name, (one, limit) in others.items()}
+
+    def called(self, name: str, job: JobKey) -> Home:
+        """Return the home *name*, "" for the main one, which is that of *job*. Raises ConfigError."""
+        if not name:
+            return self.main
+        try:
+            return self.others[name]
+        except KeyError:
+            raise ConfigError(
+                f"job {job.job_id}: its checkpoints are in the store {name!r}, which is not in the configuration",
+                hint=f"add the table [store.other.{name}] again, as it is on the node that ran the job",
+            ) from None
+
+    def close(self) -> None:
+        """End all connections."""
+        for home in (self.main, *self.others.values()):
+            home.backend.close()
+
+    def _at(self, name: str, backend: Backend, quota: Quota) -> Home:
+        marked = cast(Backend, Marked(backend))
+        behind = here = Checkpoints(marked, self._keyring, quota)
+        if self._tier is not None:
+            here = Checkpoints(cast(Backend, TieredBackend(self._tier.local, marked)), self._keyring, quota)
+        return Home(name, marked, here, behind, Upkeep(marked))
