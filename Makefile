@@ -56,7 +56,7 @@ install-slurm:
 
 # Services, none of which is started by this; what becomes of logs.
 install-system:
-	for unit in watcher.service prune.service prune.timer metrics.service metrics.timer; do \
+	for unit in watcher.service prune.service prune.timer metrics.service metrics.timer verify.service verify.timer; do \
 		install -D -m 644 packaging/systemd/outlast-$$unit "$(DESTDIR)$(SYSTEMDDIR)/system/outlast-$$unit" || exit 1; \
 	done
 	install -D -m 644 packaging/systemd/outlast-launcher.service "$(DESTDIR)$(SYSTEMDDIR)/user/outlast-launcher.service"
