@@ -49,6 +49,8 @@ class Run:
         """The job computes from now on, from *source*, whose manifest tells of it as *meta*."""
         self.source, self.begun = source, (float(meta.get("place", 0.0)), boottime())
         self.seconds = float(meta.get("seconds", 0.0))
+        if self.auto:
+            self.interval = int(meta.get("interval") or self.interval)
 
     @property
     def place(self) -> float:

@@ -16,7 +16,7 @@ from outlast.errors import UsageError
 from outlast.manager._events import EventLog
 from outlast.manager._interval import Pace, UploadTurns, best_interval, phase, site_mtbf
 from outlast.manager._run import Run
-from outlast.model import SITE, JobKey, parse_pace
+from outlast.model import SITE, CheckpointId, JobKey, parse_pace
 from outlast.store import Store, open_store
 
 JOB = JobKey("c", "17")
@@ -104,6 +104,17 @@ def test_the_sites_failures_make_it_shorter(store: Store, tmp_path: Path) -> Non
     bad.learn(store, 0.1, 0.1)
 
     assert bad_run.interval == pytest.approx(sound_run.interval / math.sqrt(10), rel=0.02)
+
+
+def test_a_run_that_goes_on_keeps_the_interval_and_what_a_checkpoint_takes(tmp_path: Path) -> None:
+    _, auto = pace_of(tmp_path, CheckpointConfig())
+    _, chosen = pace_of(tmp_path, CheckpointConfig(), auto=False)
+    for run in (auto, chosen):
+        run.goes_on_from(CheckpointId(0, 3), {"interval": 900, "seconds": 4.5, "place": 100.0})
+
+    assert (auto.interval, auto.seconds) == (900, 4.5)
+    assert chosen.interval == 60
+    assert auto.place >= 100.0
 
 
 def test_an_interval_that_the_owner_chose_is_left_alone(store: Store, tmp_path: Path) -> None:
