@@ -56,5 +56,5 @@ def test_page_is_true(bare: Bare, debs: Path, tmp_path: Path) -> None:
     assert "rpmbuild -bb --build-in-place packaging/outlast.spec" in build[1]
     assert len(typed) >= 6
     assert "ok    store: sftp://outlast@store.example.org/ckpt answers" in doctor
-    assert "ok    data key" in doctor
+    assert bare.path("/etc/outlast/data.key").stat().st_mode & 0o777 == 0o600
     assert "ok    dumps, plain" in doctor
