@@ -9,7 +9,8 @@ from typing import Any
 
 from outlast.errors import OutlastError, UsageError
 from outlast.launcher._board import Board, Watcher
-from outlast.launcher._slurm import Job, Slurm
+from outlast.launcher._pbs import Queue
+from outlast.launcher._slurm import Job
 from outlast.model import parse_checkpoint_name
 
 _CHECKPOINT_SECONDS = 600.0
@@ -20,9 +21,9 @@ _LONGEST_NAME = 200
 class Actions:
     """The actions; each does its work or begins it, and tells of it in the job's control messages."""
 
-    def __init__(self, board: Board, slurm: Slurm, watcher: Watcher) -> None:
+    def __init__(self, board: Board, queue: Queue, watcher: Watcher) -> None:
         self._board = board
-        self._slurm = slurm
+        self._queue = queue
         self._watcher = watcher
         self._holding: dict[str, asyncio.Task[None]] = {}
         self._table: dict[str, Callable[[Job, Mapping[str, Any]], Awaitable[str]]] = {
@@ -79,18 +80,18 @@ class Actions:
         return f"the job is saved, and goes on {f'on {node}' if node else 'on another node'}"
 
     async def _release(self, job: Job, _: Mapping[str, Any]) -> str:
-        await self._slurm.release(job.handle)
+        await self._queue.release(job.handle)
         return "released: the job may start again"
 
     async def _cancel(self, job: Job, _: Mapping[str, Any]) -> str:
         if job.id in self._holding:
             self._holding[job.id].cancel()
-        await self._slurm.cancel(job.handle)
+        await self._queue.cancel(job.handle)
         return "cancelled"
 
     async def _hold(self, job: Job, _: Mapping[str, Any]) -> str:
         if job.kind == "pending":
-            await self._slurm.hold(job.handle)
+            await self._queue.hold(job.handle)
             await self._board.refresh()
             job = self._board.job(job.id) or job
             # One that has started in this moment runs on, whatever "hold" says.
@@ -113,7 +114,7 @@ class Actions:
         """Requeue and hold *job* once it has a checkpoint newer than *before*; leave it alone otherwise."""
         try:
             newest = await self._checkpoint_after(job, before, since)
-            await self._slurm.requeue_held(job.handle)
+            await self._queue.requeue_held(job.handle)
         except OutlastError as error:
             self._board.note(job.id, "not-held", f"the job runs on: {error}")
         else:

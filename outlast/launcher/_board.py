@@ -12,7 +12,8 @@ from typing import Any
 
 from outlast import control
 from outlast.errors import OutlastError
-from outlast.launcher._slurm import Job, Slurm
+from outlast.launcher._pbs import Queue
+from outlast.launcher._slurm import Job
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Watcher:
 class Board:
     """What is known of the user's jobs; each change has a number, and pages ask for what came after one."""
 
-    def __init__(self, slurm: Slurm, watcher: Watcher) -> None:
-        self._slurm = slurm
+    def __init__(self, queue: Queue, watcher: Watcher) -> None:
+        self._queue = queue
         self._watcher = watcher
         self._instance = secrets.token_hex(4)
         self._version = 0
@@ -135,7 +136,7 @@ class Board:
             await self._look_now()
 
     async def _look_now(self) -> None:
-        jobs, kept = await asyncio.gather(self._slurm.jobs(), self._status(), return_exceptions=True)
+        jobs, kept = await asyncio.gather(self._queue.jobs(), self._status(), return_exceptions=True)
         problems = {}
         for source, answer in (("scheduler", jobs), ("watcher", kept)):
             if isinstance(answer, OutlastError):

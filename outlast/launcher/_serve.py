@@ -79,6 +79,7 @@ async def _serve(
         hosts=hosts,
         origins=origins,
         watcher=config.watcher.socket,
+        scheduler=config.scheduler,
         facts={
             "user": user,
             "cluster": config.cluster,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast.errors import OutlastError
+from outlast.launcher._spec import Spec
 from outlast.scheduler import SchedulerRefused, SchedulerUnavailable
 
 _SECONDS = 20.0
@@ -171,6 +172,10 @@ class Slurm:
         """Return the partitions that the user may see."""
         return parse_partitions(await self._run("sinfo", "--noheader", "--format=%P"))
 
+    def script(self, spec: Spec) -> str:
+        """Return the script that sbatch is given."""
+        return spec.script()
+
     async def submit(self, script: str) -> str:
         """Submit *script*; return the new job's id."""
         said = await self._run("sbatch", "--parsable", stdin=script, directory=Path.home())
@@ -193,35 +198,46 @@ class Slurm:
         await self._run("scancel", handle)
 
     async def _run(self, *command: str, stdin: str = "", directory: Path | None = None) -> str:
-        """Run *command* and return what it printed.
+        return await run(command, self._environment, stdin=stdin, directory=directory)
 
-        Raises:
-            SchedulerUnavailable: it did not end in time, or is not installed.
-            SchedulerRefused: it said no; the message is its own.
-        """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=self._environment,
-                cwd=directory,
-            )
-        except OSError as error:
-            raise SchedulerUnavailable(
-                f"{command[0]}: {error.strerror}", hint="the launcher runs where Slurm's commands are"
-            ) from None
-        try:
-            async with asyncio.timeout(_SECONDS):
-                out, err = await process.communicate(stdin.encode(errors="replace"))
-        except TimeoutError:
-            raise SchedulerUnavailable(f"{command[0]}: no answer within {_SECONDS:g} s") from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode == 0:
-            return out.decode(errors="replace")
-        words = "; ".join(err.decode(errors="replace").strip().splitlines())
-        raise SchedulerRefused(words or f"{command[0]}: ended with {process.returncode} and no word")
+
+async def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdin: str = "",
+    directory: Path | None = None,
+    seconds: float = _SECONDS,
+) -> str:
+    """Run one of a scheduler's commands, for *seconds* at most, and return what it printed.
+
+    Raises:
+        SchedulerUnavailable: it did not end in time, or is not installed.
+        SchedulerRefused: it said no; the message is its own.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            cwd=directory,
+        )
+    except OSError as error:
+        raise SchedulerUnavailable(
+            f"{command[0]}: {error.strerror}", hint="the launcher runs where the scheduler's commands are"
+        ) from None
+    try:
+        async with asyncio.timeout(seconds):
+            out, err = await process.communicate(stdin.encode(errors="replace"))
+    except TimeoutError:
+        raise SchedulerUnavailable(f"{command[0]}: no answer within {seconds:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == 0:
+        return out.decode(errors="replace")
+    words = "; ".join(err.decode(errors="replace").strip().splitlines())
+    raise SchedulerRefused(words or f"{command[0]}: ended with {process.returncode} and no word")

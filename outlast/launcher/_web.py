@@ -13,6 +13,7 @@ import importlib.resources
 import json
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -26,7 +27,7 @@ from aiohttp import web
 from outlast.errors import OutlastError, UsageError
 from outlast.launcher._actions import Actions
 from outlast.launcher._board import Board, Watcher
-from outlast.launcher._slurm import Slurm
+from outlast.launcher._pbs import queue_of
 from outlast.launcher._spec import SpecError, parse_spec
 from outlast.launcher._stream import Stream
 from outlast.scheduler import SchedulerUnavailable
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _LARGEST_REQUEST = 4 << 20
 _TICKET_SECONDS = 60.0
+# Slurm's 17, PBS's 17.server, and 17_3.server for a task of an array.
+_JOB = r"[0-9]{1,12}(?:_[0-9]{1,12})?(?:\.[A-Za-z0-9][A-Za-z0-9.-]{0,255})?"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": (
@@ -57,7 +60,14 @@ class Site:
     """The page of one user, and what it can ask for."""
 
     def __init__(
-        self, *, token: str, hosts: set[str], origins: set[str], watcher: Path, facts: dict[str, Any]
+        self,
+        *,
+        token: str,
+        hosts: set[str],
+        origins: set[str],
+        watcher: Path,
+        scheduler: str,
+        facts: dict[str, Any],
     ) -> None:
         """Prepare.
 
@@ -66,13 +76,14 @@ class Site:
             hosts: what a request's Host header may say, in small letters.
             origins: what its Origin header may say.
             watcher: the watcher's socket.
+            scheduler: "slurm" or "pbs".
             facts: what the page is told of user and cluster.
         """
         self.hosts = hosts
         self.origins = origins
         self._token = token.encode()
         self._facts = facts
-        self._slurm = Slurm()
+        self._queue = queue_of(scheduler)
         self._watcher = Watcher(watcher)
         self._files = _static_files()
         self._tickets: dict[str, tuple[float, str]] = {}
@@ -91,15 +102,15 @@ class Site:
                 web.get("/api/stream", self._stream),
                 web.post("/api/preview", self._preview),
                 web.post("/api/jobs", self._submit),
-                web.post(r"/api/jobs/{job:[0-9]{1,12}}/download", self._ticket),
-                web.post(r"/api/jobs/{job:[0-9]{1,12}}/{action:[a-z]{1,20}}", self._act),
+                web.post(rf"/api/jobs/{{job:{_JOB}}}/download", self._ticket),
+                web.post(rf"/api/jobs/{{job:{_JOB}}}/{{action:[a-z]{{1,20}}}}", self._act),
             ]
         )
         return app
 
     async def _background(self, _: web.Application) -> AsyncIterator[None]:
-        self._board = Board(self._slurm, self._watcher)
-        self._actions = Actions(self._board, self._slurm, self._watcher)
+        self._board = Board(self._queue, self._watcher)
+        self._actions = Actions(self._board, self._queue, self._watcher)
         looking = asyncio.create_task(self._board.run())
         yield
         looking.cancel()
@@ -166,14 +177,14 @@ class Site:
 
     async def _tell_facts(self, _: web.Request) -> web.Response:
         try:
-            partitions = [one.__dict__ for one in await self._slurm.partitions()]
+            partitions = [one.__dict__ for one in await self._queue.partitions()]
         except OutlastError:
             partitions = []  # the field is then for free text
         return web.json_response({**self._facts, "partitions": partitions})
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         job_id = request.query.get("job") or None
-        if job_id is not None and not (job_id.isascii() and job_id.isdigit()):
+        if job_id is not None and not re.fullmatch(_JOB, job_id):
             raise UsageError(f"{job_id[:40]!r}: not a job's id")
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
@@ -191,14 +202,14 @@ class Site:
     async def _preview(self, request: web.Request) -> web.Response:
         form = await _form(request)
         try:
-            return web.json_response({"script": parse_spec(form).script(), "fields": {}})
+            return web.json_response({"script": self._queue.script(parse_spec(form)), "fields": {}})
         except SpecError as error:
             # Somebody is still typing: no fault of anybody's.
             return web.json_response({"script": None, "fields": error.fields})
 
     async def _submit(self, request: web.Request) -> web.Response:
-        script = parse_spec(await _form(request)).script()
-        job_id = await self._slurm.submit(script)
+        script = self._queue.script(parse_spec(await _form(request)))
+        job_id = await self._queue.submit(script)
         await self._board.refresh()
         if self._board.job(job_id):
             self._board.note(job_id, "submitted", "by this launcher")

@@ -237,7 +237,7 @@ async function open() {
   setText($("who"), `${facts.user} on ${facts.cluster}`);
   form.begin(facts);
   const asked = new URLSearchParams(location.hash.slice(1)).get("job");
-  if (asked && /^[0-9]+$/.test(asked)) choose(asked);
+  if (asked && /^[0-9]+(_[0-9]+)?(\.[A-Za-z0-9.-]+)?$/.test(asked)) choose(asked);
   else news.follow(null);
 }
 
