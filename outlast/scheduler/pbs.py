@@ -117,6 +117,7 @@ class PbsScheduler:
         row = pbs.row_of(self._run(pbs.jobs_command()), handle)
         if row is not None:
             self._run(pbs.select_command(handle, pbs.bound(str(pbs.resources(row)["select"]), node)))
+            self.look()  # PBS takes a change of what a job asks for as no reason to look
 
     def requeue_hold(self, handle: str) -> None:
         """See `Scheduler.requeue_hold`."""

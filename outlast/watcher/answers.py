@@ -222,7 +222,8 @@ class Desk:
         self._scheduler.drain(str(node), "outlast: drained")
         moved = []
         with self._store() as store:
-            for view in self._leases():
+            # Not those of the last cycle: a job that has just started there is to leave as well.
+            for view in store.leases(self._config.cluster):
                 if view.lease.node == node:
                     store.post_request(view.lease.job, {"op": "migrate", "uid": peer.uid, "to": None})
                     moved.append(view.lease.job.job_id)
