@@ -14,7 +14,7 @@ from outlast.doctor import Finding
 from outlast.errors import OutlastError
 
 _SECONDS = 10
-_EVENTS = {"queuejob", "modifyjob", "execjob_launch", "execjob_epilogue", "exechost_startup"}
+_EVENTS = {"queuejob", "modifyjob", "execjob_launch", "execjob_epilogue", "execjob_end", "exechost_startup"}
 _LONG_FAIL_REQUEUE = 120
 _INSTALL = "/usr/libexec/outlast/pbs/install-pbs"
 
@@ -56,9 +56,6 @@ def _server(qmgr: Path) -> Iterator[Finding]:
     else:
         fact = f"lacks {', '.join(sorted(missing))}" if events and missing else "not there, or not enabled"
         yield Finding("FAIL", "hook", f"outlast: {fact}", f"run {_INSTALL} as root on the server")
-    if "execjob_end" in hook:
-        fact = "outlast: has execjob_end, by which PBS loses jobs that are held"
-        yield Finding("FAIL", "hook", fact, f"run {_INSTALL} as root on the server")
     match = re.search(r"node_fail_requeue = (-?\d+)", _ask(qmgr, "list server node_fail_requeue"))
     seconds = int(match[1]) if match else 310
     fact = f"node_fail_requeue is {seconds}: PBS queues the jobs of a host that is down so many seconds later"

@@ -1,7 +1,7 @@
 """The PBS hook of Outlast: jobs that ask for checkpoints run in a capsule, under a manager of their own.
 
 PBS imports this one file into its own Python, on the server (queuejob, modifyjob) and on the hosts
-(execjob_launch, execjob_epilogue, exechost_startup), so it needs nothing but the standard
+(execjob_launch, execjob_epilogue, execjob_end, exechost_startup), so it needs nothing but the standard
 library; the work is done by the installed product, which it calls by absolute path. docs/install-pbs.md.
 
 Nothing in here can end a job. A hook that raises, or runs into its alarm, in execjob_launch kills the job
@@ -198,12 +198,7 @@ def _facts(job, environment, name, settings):
 
 
 def epilogue(event, settings):
-    """Have a job run again that was held, or could not be brought back: in this event it is deterministic.
-
-    The manager, too, is told of the end from here, and not from execjob_end: MoM runs that event beside a
-    checkpoint_abort, and if the job's obit is quicker, the server waits for MoM for ever, the job in state E.
-    Source: OpenPBS 23.06, src/resmom/requests.c, post_chkpt() and req_deletejob(): BG_CHECKPOINT_ABORT.
-    """
+    """Have a job run again that was held, or could not be brought back: in this event it is deterministic."""
     job = event.job
     name, status = directory_name(str(job.id)), int(job.Exit_status) if job.Exit_status is not None else 0
     path = os.path.join(settings["runtime"], name)
@@ -218,8 +213,7 @@ def epilogue(event, settings):
         _asked(job) and status == _TEMPORARY_FAILURE and int(job.run_version) > 1 and not os.path.exists(path)
     ):
         why = "there was no manager to bring it back"
-    if os.path.exists(path):
-        _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)
+    _tell_end(name, settings)
     if why is None:
         return
     if why not in _NO_FAULT and int(job.run_count) >= int(settings["reruns"]):
@@ -227,6 +221,23 @@ def epilogue(event, settings):
         return
     _log(job, "outlast: runs again: " + why)
     job.rerun()
+
+
+def end(event, settings):
+    """Tell the manager of a job that PBS has discarded, which has no epilogue; nothing while a hold is under way.
+
+    MoM runs this event beside a checkpoint_abort, too: were the job ended here, the server would wait for MoM
+    for ever, the job in state E. The manager ends it when this event is over; see outlast/manager/_mom.py.
+    Source: OpenPBS 23.06, src/resmom/requests.c, post_chkpt() and req_deletejob(): BG_CHECKPOINT_ABORT.
+    """
+    name = directory_name(str(event.job.id))
+    if not os.path.exists(os.path.join(settings["runtime"], name + ".requeue")):
+        _tell_end(name, settings)
+
+
+def _tell_end(name, settings):
+    if os.path.exists(os.path.join(settings["runtime"], name)):
+        _call([settings["outlast"], "hook", "pbs-end"], OUTLAST_JOB_ID=name)
 
 
 def _asked(job):
@@ -293,6 +304,7 @@ def main():
         pbs.MODIFYJOB: modify,
         pbs.EXECJOB_LAUNCH: launch,
         pbs.EXECJOB_EPILOGUE: epilogue,
+        pbs.EXECJOB_END: end,
         pbs.EXECHOST_STARTUP: startup,
     }
     refusal = None
