@@ -20,8 +20,12 @@ from tests.cluster import ROOT, Cluster, eventually
 
 HERE = Path(__file__).resolve().parent
 MOMS = ("n1", "n2")
-COMMANDS = ("qsub", "qstat", "qdel", "qhold", "qrls", "qrerun", "qsig", "qmgr", "pbsnodes", "pbs_attach")
+COMMANDS = (
+    *("qsub", "qstat", "qdel", "qhold", "qrls", "qrerun", "qsig", "qalter", "qmgr", "qterm", "pbsnodes"),
+    "pbs_attach",
+)
 DOUBLE = "/usr/local/lib/pbs-double"
+SERVER = f"{DOUBLE}/server.py {' '.join(MOMS)}"
 # A watcher whose parent is the host's init was started by these tests.
 END_WATCHERS = """
 for one in $(pgrep -f '^[^ ]*python3 -P /usr/bin/outlast watcher'); do
@@ -103,6 +107,27 @@ class Pbs(Cluster):
             env=os.environ | {"OUTLAST_TESTBED_DIR": str(self.state)},
         )
 
+    def restart_server(self, how: str) -> None:
+        """Have qterm end the server, and start it again; with "quick" jobs are to run on meanwhile."""
+        self.pbs("qterm", "-t", how)
+        eventually(lambda: self.try_pbs("qstat").returncode != 0, within=30, what="the server's end")
+        if self.real:
+            # It ends some time after it has stopped to answer.
+            eventually(
+                lambda: (
+                    self.try_on(
+                        "ctl", "sh", "-c", "! pgrep -x pbs_server.bin && ! pgrep -x pbs_server"
+                    ).returncode
+                    == 0
+                ),
+                within=60,
+                what="no server",
+            )
+            self.on("ctl", "sh", "-c", "/opt/pbs/libexec/pbs_init.d start >/dev/null 2>&1 || true")
+        else:
+            self.daemon("ctl", SERVER)
+        eventually(lambda: self.try_pbs("qstat").returncode == 0, within=60, what="a server")
+
     def nodes_up(self) -> bool:
         """Whether PBS would run jobs on every MoM."""
         said = self.pbs("pbsnodes", "-a", "-F", "json")
@@ -149,7 +174,7 @@ def _set_up(cluster: Pbs, product: Path) -> None:
     if not cluster.real:
         for node in MOMS:
             cluster.start_mom(node)
-        cluster.daemon("ctl", f"{DOUBLE}/server.py {' '.join(MOMS)}")
+        cluster.daemon("ctl", SERVER)
     eventually(
         lambda: cluster.try_pbs("qstat", "-f", "-F", "json").returncode == 0, within=30, what="a server"
     )

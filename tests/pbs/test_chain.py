@@ -2,107 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-from typing import Any
-
 import pytest
 
 from tests.cluster import eventually
 from tests.pbs.conftest import INSTALL, MOMS, Pbs
+from tests.pbs.jobs import COUNT, TICKS, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
-
-COUNT = 16
-TICKS = f"""
-echo "begin"
-echo "kept" > $TMPDIR/file
-exec 7>>$TMPDIR/log
-for i in $(seq {COUNT}); do echo tick $i; echo $i >&7; sleep 1; done
-cat $TMPDIR/file; wc -l < $TMPDIR/log
-echo "an error" >&2
-exit 7
-"""
-WHOLE = ["begin", *(f"tick {i}" for i in range(1, COUNT + 1)), "kept", str(COUNT)]
-
-
-class Job:
-    """A job of alice's."""
-
-    def __init__(self, pbs: Pbs, script: str, *options: str) -> None:
-        self.pbs = pbs
-        self.directory = pbs.new_directory()
-        pbs.on(
-            "ctl", "sh", "-c", f"cat > {self.directory}/job.sh", user=True, stdin=f"#!/bin/bash\n{script}\n"
-        )
-        self.id = self.submit(*options).stdout.strip()
-        self.number = self.id.partition(".")[0]
-
-    def submit(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """Run qsub in the job's directory."""
-        words = " ".join(["cd", self.directory, "&&", "exec", "qsub", "-N", "ticks", *options, "job.sh"])
-        return self.pbs.try_pbs("sh", "-c", words)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What qstat says, for a job that has ended too."""
-        said = json.loads(self.pbs.pbs("qstat", "-x", "-f", "-F", "json", self.id), strict=False)
-        return dict(said["Jobs"][self.id])
-
-    @property
-    def state(self) -> str:
-        """PBS's letter."""
-        return str(self.facts["job_state"])
-
-    @property
-    def node(self) -> str:
-        """Where it runs, or "" where it does not."""
-        return str(self.facts.get("exec_host", "")).partition("/")[0]
-
-    @property
-    def log(self) -> str:
-        """What its managers have logged, on all hosts."""
-        logs = (
-            self.pbs.state / "hosts" / node / "upper/var/log/outlast/jobs" / f"{self.id}.log" for node in MOMS
-        )
-        return "".join(path.read_text() for path in logs if path.exists())
-
-    def count(self, event: str) -> int:
-        """How often its managers have logged *event*."""
-        return len(re.findall(rf" outlast: {event}: ", self.log))
-
-    def wait_for(self, event: str, count: int = 1, within: float = 60) -> None:
-        """Wait until its managers have logged *event* so often."""
-        eventually(
-            lambda: self.count(event) >= count, within=within, what=f"{count} times {event}:\n{self.log}"
-        )
-
-    def wait_for_state(self, letter: str, within: float = 90) -> None:
-        """Wait for PBS's letter."""
-        eventually(
-            lambda: self.state == letter, within=within, what=f"job {self.id} in {letter}:\n{self.log}"
-        )
-
-    def output(self, letter: str = "o") -> list[str]:
-        """The lines of its output, which PBS delivers at the end."""
-        path = self.pbs.file(f"{self.directory}/ticks.{letter}{self.number}")
-        eventually(path.exists, within=20, what=f"{path}")
-        return path.read_text().splitlines()
-
-    def ends_whole(self) -> None:
-        """It ends with its own exit status, and nothing in its output is missing or twice."""
-        self.wait_for_state("F")
-        assert self.output() == WHOLE, self.log
-        assert self.output("e")[-1:] == ["an error"]
-        assert int(self.facts["Exit_status"]) == 7
-
-    def processes(self, node: str) -> list[str]:
-        """The processes on *node* that are this job's."""
-        said = self.pbs.on(node, "ps", "-ww", "-eo", "args")
-        return [
-            line for line in said.splitlines() if f"{self.id}.SC" in line or "outlast-shim --interval" in line
-        ]
 
 
 def test_a_job_whose_host_is_lost_goes_on_elsewhere(pbs: Pbs) -> None:
@@ -130,7 +36,7 @@ def test_a_held_job_goes_on_on_another_host(pbs: Pbs) -> None:
     job = Job(pbs, TICKS, "-c", "w=30")
     job.wait_for("started")
     first = job.node
-    eventually(lambda: len(job.processes(first)) > 1, within=20, what="the job's processes")
+    job.wait_for_session()
     pbs.pbs("qhold", job.id, user=True)
     job.wait_for_state("H")
     assert (job.count("checkpoint"), job.count("held")) == (1, 1)
@@ -138,7 +44,9 @@ def test_a_held_job_goes_on_on_another_host(pbs: Pbs) -> None:
     pbs.pbs("pbsnodes", "-o", first)
     pbs.pbs("qrls", job.id, user=True)
     # PBS refuses the first attempt after a hold, and takes the job up in its next cycle.
-    pbs.pbs("qmgr", "-c", "set server scheduling = true") if pbs.real else None
+    eventually(
+        lambda: pbs.pbs("qmgr", "-c", "set server scheduling = true") + job.node, within=20, what="its start"
+    )
     job.wait_for("restored", within=90)
     assert job.node not in ("", first)
     job.ends_whole()
@@ -225,6 +133,24 @@ def test_a_job_that_asks_for_nothing_is_left_alone(pbs: Pbs) -> None:
     job = Job(pbs, "echo plain; exit 3")
     job.wait_for_state("F")
     assert (job.output(), int(job.facts["Exit_status"]), job.log) == (["plain"], 3, "")
+
+
+def test_the_servers_half_is_taken_back_and_put_back_and_doctor_tells(pbs: Pbs) -> None:
+    assert pbs.try_on("ctl", "outlast", "doctor").returncode == 0
+    said = pbs.pbs(INSTALL, "--uninstall", "--dry-run")
+    assert "hook outlast: deleted" in said
+    assert pbs.pbs(INSTALL, "--uninstall") == said, "--dry-run told what would be done"
+    lacking = pbs.try_on("ctl", "outlast", "doctor")
+    assert lacking.returncode != 0
+    assert "FAIL  hook: outlast: not there" in lacking.stdout
+    # PBS refuses a hook of a name that a MoM has not been told to forget yet.
+    eventually(lambda: pbs.try_on("ctl", INSTALL).returncode == 0, within=60, what="the hook again")
+    pbs.pbs("qmgr", "-c", "set server node_fail_requeue = 3")
+    found = pbs.try_on("ctl", "outlast", "doctor")
+    assert (found.returncode, "ok    hook" in found.stdout) == (0, True), found.stdout
+    job = Job(pbs, "sleep 2", "-v", "OUTLAST_INTERVAL=1s")
+    job.wait_for("checkpoint")
+    job.wait_for_state("F")
 
 
 def test_installing_again_changes_nothing_and_can_be_taken_back(pbs: Pbs) -> None:

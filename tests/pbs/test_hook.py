@@ -263,6 +263,16 @@ def test_the_manager_is_told_of_the_end(site: Site) -> None:
     assert site.calls.splitlines() == ["hook pbs-end", "OUTLAST_JOB_ID=48.h3srv"]
 
 
+def test_the_manager_of_a_job_that_is_discarded_is_told_but_not_beside_a_hold(site: Site) -> None:
+    (site.runtime / "48.h3srv").mkdir()
+    marked(site, "held")
+    assert site.run("execjob_end").value("accept") == "True"
+    assert site.calls == "", "MoM would answer PBS no more"
+    (site.runtime / "48.h3srv.requeue").unlink()
+    site.run("execjob_end")
+    assert site.calls.splitlines() == ["hook pbs-end", "OUTLAST_JOB_ID=48.h3srv"]
+
+
 def test_a_host_that_starts_is_cleared(site: Site) -> None:
     outcome = site.run("exechost_periodic", ("type=exechost_periodic", "type=exechost_startup"))
     assert outcome.value("accept") == "True"

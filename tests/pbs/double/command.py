@@ -33,11 +33,16 @@ def main(program: str, words: list[str]) -> int:
     request: dict[str, object] = {
         "command": name,
         "words": words,
+        "host": socket.gethostname(),
         "user": pwd.getpwuid(os.geteuid()).pw_name,
         "cwd": str(Path.cwd()),
     }
     if name == "qsub":
-        request |= {"script": Path(words[-1]).read_text(), "script_name": Path(words[-1]).name}
+        script = Path(words[-1] if words else "-")
+        if script.is_file():
+            request |= {"script": script.read_text(), "script_name": script.name}
+        else:
+            request |= {"script": "" if "-I" in words else sys.stdin.read(), "script_name": "STDIN"}
     try:
         answer = wire.ask(wire.SERVER, request, timeout=600)
     except OSError:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import wire
 
 KILL_DELAY = 3.0
+# Of MoM's own timer, so that tests need not wait for whole minutes.
+MINUTE_SECONDS = 5.0
 SPOOL = wire.HOME / "spool"
 JOBS = wire.HOME / "mom_priv" / "jobs"
 CONFIG = wire.HOME / "mom_priv" / "config"
@@ -43,11 +46,21 @@ class Task:
 
     def __init__(self, job: dict[str, Any], hook: dict[str, Any]) -> None:
         self.job, self.hook = job, hook
-        self.held = self.rerun = False
+        self.rerun = self.over_limit = self.over = self.end_hooks = False
+        self.used = {"cput": "00:00:00", "mem": "0kb"}
         self.sessions: list[int] = []
-        self.stdout, self.stderr = (SPOOL / f"{job['id']}.{end}" for end in ("OU", "ER"))
+        self.stdout, self.stderr = (self._output(end) for end in ("OU", "ER"))
         self.temporary = Path(f"/var/tmp/pbs.{job['id']}")
         self.user = pwd.getpwnam(job["user"])
+        private = Path(self.user.pw_dir, f"pbs.{job['id']}.x8z")
+        self.directory = private if job["sandbox"] == "PRIVATE" else Path(self.user.pw_dir)
+
+    def _output(self, end: str) -> Path:
+        """Where the job writes: in the spool, or with -k ...d at once where it is to be in the end."""
+        end = "OU" if self.job["join"] == "oe" else end
+        letter = {"OU": "o", "ER": "e"}[end]
+        direct = letter in self.job["keep"] and "d" in self.job["keep"]
+        return wire.final_path(self.job, letter) if direct else SPOOL / f"{self.job['id']}.{end}"
 
     def start(self) -> None:
         """Start the job's script as its user, in a session of its own."""
@@ -57,14 +70,18 @@ class Task:
         script.chmod(0o700)
         os.chown(script, *owner)
         for path, name in ((self.stdout, "OU"), (self.stderr, "ER")):
-            path.unlink(missing_ok=True)
-            path.write_text(job["spool"].get(name, ""))
-            # What comes back from the server after a requeue has another mode.
-            path.chmod(0o644 if name in job["spool"] else 0o600)
+            if path.parent == SPOOL:
+                path.unlink(missing_ok=True)
+                path.write_text(job["spool"].get(name, ""))
+                # What comes back from the server after a requeue has another mode.
+                path.chmod(0o644 if name in job["spool"] else 0o600)
+            path.touch()
             os.chown(path, *owner)
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(mode=0o700)
-        os.chown(self.temporary, *owner)
+        own = [self.temporary, self.directory] if job["sandbox"] == "PRIVATE" else [self.temporary]
+        for directory in own:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(mode=0o700)
+            os.chown(directory, *owner)
         environment = {
             **job["variables"],
             "PATH": "/bin:/usr/bin",
@@ -75,11 +92,11 @@ class Task:
             "PBS_JOBID": job["id"],
             "PBS_TASKNUM": "1",
             "PBS_ENVIRONMENT": "PBS_BATCH",
-            "PBS_JOBDIR": self.user.pw_dir,
+            "PBS_JOBDIR": str(self.directory),
             "TMPDIR": str(self.temporary),
         }
-        listed = ",".join(f"{name}={text}" for name, text in environment.items())
-        lines = ["pbs.event().progname=/bin/bash", f'pbs.event().env="""{listed}"""', *self.lines()]
+        lines = [f'pbs.event().env="""{wire.listed(environment)}"""', *self.lines()]
+        lines.insert(0, "pbs.event().progname=/bin/bash")
         output = wire.run_hook(self.hook, "execjob_launch", lines)
         program, arguments = "/bin/bash", ["-bash"]
         if wire.value(output, "accept") != "True":
@@ -102,7 +119,7 @@ class Task:
                 stdout=out,
                 stderr=err,
                 env=environment,
-                cwd=self.user.pw_dir,
+                cwd=self.directory,
                 start_new_session=True,
                 user=owner[0],
                 group=owner[1],
@@ -112,6 +129,37 @@ class Task:
         os.close(write)
         self.sessions.append(process.pid)
         threading.Thread(target=self.wait, args=(process,), daemon=True).start()
+        if "walltime" in job["resources"]:
+            hours, minutes, seconds = map(int, job["resources"]["walltime"].split(":"))
+            threading.Timer(hours * 3600 + minutes * 60 + seconds, self._time_is_over).start()
+        if "=" in job["checkpoint"]:
+            threading.Thread(
+                target=self._checkpoints, args=(int(job["checkpoint"].split("=")[1]),), daemon=True
+            ).start()
+
+    def _time_is_over(self) -> None:
+        self.over_limit = not self.over
+        self.kill()
+
+    def _checkpoints(self, minutes: int) -> None:
+        """MoM's own timer, read at the job's start: a later qalter -c does not change it."""
+        while not self.over:
+            time.sleep(minutes * MINUTE_SECONDS)
+            if not self.over:
+                self.action("checkpoint")
+
+    def look(self) -> None:
+        """Count what the job's sessions have used: those of a restored capsule only if it was attached."""
+        ticks = resident = 0
+        for pid in processes(set(self.sessions)):
+            with contextlib.suppress(OSError, IndexError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))
+                resident += int(fields[21]) * 4
+        seconds = ticks // os.sysconf("SC_CLK_TCK")
+        text = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        memory = max(resident, int(self.used["mem"].removesuffix("kb")))
+        self.used = {"cput": max(text, self.used["cput"]), "mem": f"{memory}kb"}
 
     def lines(self, **more: object) -> list[str]:
         """The job, as a hook's input has it."""
@@ -125,17 +173,23 @@ class Task:
     def end(self, status: int) -> None:
         """Clear away what is left, run the epilogue hook, and tell the server."""
         self.signal(signal.SIGKILL)
-        status = -11 if self.rerun else status
+        self.over = True
+        status = -11 if self.rerun else -29 if self.over_limit else status
+        # The server then asks MoM to delete the job, and MoM, which takes that for a repetition, never answers.
+        stuck = self.end_hooks
         output = wire.run_hook(self.hook, "execjob_epilogue", self.lines(Exit_status=status))
-        obit = {"obit": self.job["id"], "version": self.job["run_version"], "status": status, "spool": {}}
-        obit["spool"] = {
-            path.suffix[1:]: path.read_text() for path in (self.stdout, self.stderr) if path.exists()
-        }
+        obit = {"obit": self.job["id"], "version": self.job["run_version"], "status": status}
+        obit |= {"stuck": stuck, "used": self.used}
+        spooled = [path for path in (self.stdout, self.stderr) if path.parent == SPOOL]
+        obit["spool"] = {path.suffix[1:]: path.read_text() for path in spooled if path.exists()}
         if wire.value(output, "job._rerun") == "True":
             obit["status"] = -18
         shutil.rmtree(self.temporary, ignore_errors=True)
-        for path in (self.stdout, self.stderr, JOBS / f"{self.job['id']}.SC"):
+        if self.job["sandbox"] == "PRIVATE":
+            shutil.rmtree(self.directory, ignore_errors=True)
+        for path in (*spooled, JOBS / f"{self.job['id']}.SC"):
             path.unlink(missing_ok=True)
+        wire.run_hook(self.hook, "execjob_end", self.lines(Exit_status=status))
         while True:
             try:
                 wire.ask(wire.SERVER, obit)
@@ -145,6 +199,18 @@ class Task:
         # Until the server knows, the job is here; by then its next run may be.
         if tasks.get(self.job["id"]) is self:
             del tasks[self.job["id"]]
+
+    def hold(self) -> int:
+        """$action checkpoint_abort; when it has gone well, MoM runs the hooks of execjob_end beside the job."""
+        code = self.action("checkpoint_abort")
+        if code == 0:
+            self.end_hooks = True
+            threading.Thread(target=self._end_hooks, daemon=True).start()
+        return code
+
+    def _end_hooks(self) -> None:
+        wire.run_hook(self.hook, "execjob_end", self.lines())
+        self.end_hooks = False
 
     def signal(self, number: int) -> None:
         """Send a signal to every process of the job's sessions."""
@@ -199,18 +265,22 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
         task = tasks[request["job"]["id"]] = Task(request["job"], request["hook"])
         threading.Thread(target=task.start, daemon=True).start()
     elif operation == "have":
-        return {"jobs": {name: one.job["run_version"] for name, one in list(tasks.items())}}
+        for one in list(tasks.values()):
+            one.look()
+        known = {name: one.job["run_version"] for name, one in list(tasks.items())}
+        return {"jobs": known, "used": {name: one.used for name, one in list(tasks.items())}}
     elif task is None:
         return {"code": 1}
     elif operation == "kill":
         task.rerun = request.get("rerun", False)
         task.signal(signal.SIGKILL) if task.rerun else task.kill()
     elif operation == "discard":
+        wire.run_hook(task.hook, "execjob_end", task.lines())
         task.signal(signal.SIGKILL)
     elif operation == "signal":
         task.signal(request["number"])
     elif operation == "hold":
-        return {"code": task.action("checkpoint_abort")}
+        return {"code": task.hold()}
     return {"code": 0}
 
 

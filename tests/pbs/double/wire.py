@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import socketserver
 import subprocess
@@ -102,9 +103,21 @@ def value(output: str, name: str) -> str | None:
     return match[1].removeprefix('"""').removesuffix('"""') if match else None
 
 
+def final_path(job: Mapping[str, Any], letter: str) -> Path:
+    """Return where a job's output (o) or errors (e) end up: `ticks.o17`, `ticks.o17.3` of an array's task."""
+    if job["paths"][letter]:
+        return Path(job["cwd"]) / str(job["paths"][letter])
+    number = job["id"].split(".")[0].replace("[", ".").replace("]", "")
+    return Path(job["cwd"]) / f"{job['name']}.{letter}{number}"
+
+
+def listed(variables: Mapping[str, str]) -> str:
+    """Return variables as PBS lists them."""
+    return ",".join(f"{name}={text}" for name, text in variables.items())
+
+
 def job_lines(job: Mapping[str, Any], **more: object) -> list[str]:
     """Return a job as the input of a hook has it."""
-    listed = ",".join(f"{name}={text}" for name, text in job["variables"].items())
     facts = {
         "id": job["id"],
         "Job_Name": job["name"],
@@ -114,8 +127,20 @@ def job_lines(job: Mapping[str, Any], **more: object) -> list[str]:
         "run_count": job["run_count"],
         "run_version": job["run_version"],
         "job_state": job["state"],
+        "stime": int(job["began"]),
+        **({"interactive": 1} if job["interactive"] else {}),
         **more,
     }
     lines = [f"pbs.event().job.{name}={text}" for name, text in facts.items()]
     lines += [f"pbs.event().job.Resource_List[{name}]={text}" for name, text in job["resources"].items()]
-    return [*lines, f'pbs.event().job.Variable_List="""{listed}"""']
+    return [*lines, f'pbs.event().job.Variable_List="""{listed(job["variables"])}"""']
+
+
+def directives(script: str) -> list[str]:
+    """Return the words in the #PBS lines of a script."""
+    return [word for line in re.findall(r"^#PBS +(.*)$", script, re.M) for word in shlex.split(line)]
+
+
+def pairs(text: str) -> dict[str, str]:
+    """Split A=1,B=2."""
+    return {name: rest for name, _, rest in (one.partition("=") for one in text.split(",") if one)}
