@@ -152,7 +152,7 @@ def _moment(text: object) -> float | None:
 
 
 def _path(told: object, handle: str, suffix: str) -> str:
-    """Return the path in `ctl:/home/lu.o17`; what goes to a directory, `ctl:/home/`, is `17.ctl.OU` there."""
+    """Return the path in `ctl:/shared/lu.o17`; what goes to a directory, `ctl:/shared/`, is `17.ctl.OU` there."""
     path = str(told or "").partition(":")[2]
     return f"{path}{handle}.{suffix}" if path.endswith("/") else path
 

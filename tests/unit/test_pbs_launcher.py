@@ -13,7 +13,7 @@ from outlast.launcher._pbs import parse_jobs, parse_queues, pbs_script
 from outlast.launcher._spec import SpecError, parse_spec
 
 JOBS = (Path(__file__).parent / "data" / "pbs.jobs.json").read_text()
-HOME = Path("/home/alice")
+HOME = Path("/shared/alice")
 
 
 def script(**fields: object) -> str:
@@ -110,10 +110,10 @@ def test_a_job_is_of_the_kind_that_people_know(facts: dict[str, object], kind: s
 
 
 def test_errors_are_where_the_output_is_when_both_are_one_file() -> None:
-    (job,) = parse_jobs(changed(Output_Path="ctl:/home/alice/", Join_Path="oe"), "alice")
-    assert job.output == job.errors == "/home/alice/0.ctl.OU"
-    (job,) = parse_jobs(changed(Error_Path="ctl:/home/alice/err", Join_Path="n"), "alice")
-    assert job.errors == "/home/alice/err"
+    (job,) = parse_jobs(changed(Output_Path="ctl:/shared/alice/", Join_Path="oe"), "alice")
+    assert job.output == job.errors == "/shared/alice/0.ctl.OU"
+    (job,) = parse_jobs(changed(Error_Path="ctl:/shared/alice/err", Join_Path="n"), "alice")
+    assert job.errors == "/shared/alice/err"
 
 
 def test_the_queues_that_take_jobs_can_be_chosen() -> None:
