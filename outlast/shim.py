@@ -27,6 +27,8 @@ _SET_BACK = "/usr/libexec/outlast/outlast-set-back"
 _JOB_ID = ("OUTLAST_JOB_ID", "SLURM_JOB_ID")
 _EPOCH = ("OUTLAST_EPOCH", "SLURM_RESTART_COUNT")
 _MANAGER_SECONDS = 20.0
+# The same for a run that cannot do without, and whose manager is seen to be starting.
+_RESTART_SECONDS = 120.0
 _TEMPORARY_FAILURE = 75
 # How long the manager may take to save the job before a signal that ends it is forwarded.
 _ASK_SECONDS = 120.0
@@ -86,7 +88,8 @@ def become(argv: list[str]) -> None:
 
 def connect(directory: str) -> "socket.socket | None":
     """Return a connection to the job's manager, which may still be starting; None if none answers."""
-    deadline = time.monotonic() + _MANAGER_SECONDS
+    begun = time.monotonic()
+    restarted = variable(_EPOCH, "0") != "0"
     while True:
         # Behind this file a manager is starting; what may listen there still is that of an earlier run.
         starting = os.path.exists(directory + ".starting")
@@ -99,7 +102,7 @@ def connect(directory: str) -> "socket.socket | None":
             if not os.path.isdir(directory):
                 return None
         connection.close()
-        if time.monotonic() > deadline:
+        if time.monotonic() > begun + (_RESTART_SECONDS if restarted and starting else _MANAGER_SECONDS):
             return None
         time.sleep(0.02)
 

@@ -27,8 +27,10 @@ done
 
 # The hardware address is made of the network address, as that of a host in namespaces is.
 hardware() { printf '02:00:%02x:%02x:%02x:%02x' "${1%%.*}" "$(cut -d. -f2 <<<"$1")" "$(cut -d. -f3 <<<"$1")" "${1##*.}"; }
-# Without no_timer_check a kernel on a busy machine may find its timer dead, and give up.
-words=(rootfstype=virtiofs root=root rw console=ttyS0 quiet panic=-1 no_timer_check init=/usr/local/lib/testbed/vm_init.sh
+# On a busy machine a kernel may find its timer dead and give up, and measures the processor's frequency wrongly: its
+# clock would leave this machine's by seconds.
+words=(rootfstype=virtiofs root=root rw console=ttyS0 quiet panic=-1 no_timer_check clocksource=hpet
+	init=/usr/local/lib/testbed/vm_init.sh
 	"testbed.host=$host" "testbed.role=$role" "testbed.address=$address" "testbed.console=$console")
 exec chroot "$tools" qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot \
 	-machine q35 -accel tcg -cpu max -smp 1 -m "$memory" \
