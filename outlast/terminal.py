@@ -89,5 +89,25 @@ def progress(what: str, total: float | None = None, *, bytes_: bool = False) -> 
         yield lambda done: shown.update(task, completed=done)
 
 
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on standard error how far one thing after another has come, as long as the block runs.
+
+    Gives a function of what it is, how much of it is done, and of how much; shown is as by `progress`.
+    """
+    with contextlib.ExitStack() as shown:
+        what = ""
+        advance: Advance = _nothing
+
+        def draw(name: str, done: int, total: int) -> None:
+            nonlocal what, advance
+            if name != what:
+                shown.close()
+                what, advance = name, shown.enter_context(progress(name, total or None))
+            advance(done)
+
+        yield draw
+
+
 def _nothing(done: float) -> None:
     """Show nothing of what is *done*."""

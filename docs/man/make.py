@@ -19,7 +19,7 @@ from outlast.cli._completion import Option, Verb, describe  # noqa: E402
 
 # Verbs for who runs a site; all others are in section 1.
 ADMIN = ("doctor", "config", "watcher", "store", "drain", "verify")
-_KEY = re.compile(r"^\| (`[a-z_.]+`(?:, `[a-z_.]+`)*) \| (.*?) \| (.*) \|$", re.M)
+_KEY = re.compile(r"^\| (`[A-Za-z_.]+`(?:, `[A-Za-z_.]+`)*) \| (.*?) \| (.*) \|$", re.M)
 
 
 def verbs(*, admin: bool) -> list[Verb]:
@@ -36,8 +36,14 @@ def keys() -> list[tuple[str, str, str]]:
     found = []
     for names, default, meaning in _KEY.findall(text):
         several = [name.strip("` ") for name in names.split(",")]
-        defaults = default.split(", ") if len(several) > 1 else [default]
-        if len(defaults) == len(several):
+        # Names that follow one of a long table leave the table out.
+        table = several[0].rpartition(".")[0]
+        several = [name if "." in name or not table else f"{table}.{name}" for name in several]
+        defaults = (
+            default.split(", ") if default.count(", ") == len(several) - 1 else [default] * len(several)
+        )
+        # The other table of three columns there is that of the metrics.
+        if not several[0].startswith("outlast_"):
             found += [(name, one, meaning) for name, one in zip(several, defaults, strict=True)]
     return found
 

@@ -124,5 +124,6 @@ def _store(args: argparse.Namespace) -> None:
         return
     checkpoint = getattr(args, "checkpoint", None)
     job = checkpoint.partition("@")[0] if checkpoint else getattr(args, "job", None) or ""
-    with audit.attempt(f"store {what}", job=job, **({"checkpoint": checkpoint} if checkpoint else {})):
-        storekeeper.run(config_of(args), args, print)
+    facts = {"checkpoint": checkpoint} if checkpoint else {}
+    with audit.attempt(f"store {what}", job=job, **facts), terminal.steps() as draw:
+        storekeeper.run(config_of(args), args, print, draw)

@@ -148,3 +148,17 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(tmp_path: Path) -> Non
         [sys.executable, "-c", program], capture_output=True, check=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert piped.stdout + piped.stderr == b""
+
+
+def test_steps_draw_one_thing_after_another(tmp_path: Path) -> None:
+    program = (
+        "from outlast.terminal import steps\nimport time\n"
+        "with steps() as draw:\n    for name in ('17@0.1', '17@0.2'):\n"
+        "        for n in range(4):\n            draw(name, n, 3); time.sleep(0.1)\n"
+    )
+    pytest.importorskip("rich")
+    shown = Terminal(sys.executable, "-c", program)
+    assert shown.end() == 0
+    assert "17@0.1" in shown.seen
+    assert "17@0.2" in shown.seen
+    assert "2/3" in shown.seen
