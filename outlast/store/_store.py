@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from outlast.errors import ConfigError, OutlastError, UsageError
-from outlast.model import Checkpoint, CheckpointId, JobKey, Lease, LeaseView
+from outlast.model import SITE, Checkpoint, CheckpointId, JobKey, Lease, LeaseView
 from outlast.store._backend import Backend
 from outlast.store._homes import Home, Homes
 from outlast.store._journal import SMALL_NAME, Journal, small
@@ -343,7 +343,7 @@ class Store(Journal):
         """Return every job of *cluster* of which anything is stored, sorted."""
         found = []
         for entry in self._backend.list(f"jobs/{small(cluster)}"):
-            if entry.is_directory and SMALL_NAME.fullmatch(entry.name):
+            if entry.is_directory and SMALL_NAME.fullmatch(entry.name) and entry.name != SITE:
                 found.append(JobKey(cluster, entry.name))
         return sorted(found)
 

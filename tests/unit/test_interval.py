@@ -103,6 +103,7 @@ def test_the_sites_failures_make_it_shorter(store: Store, tmp_path: Path) -> Non
     bad, bad_run = pace_of(tmp_path, config)
     bad.learn(store, 0.1, 0.1)
 
+    assert store.jobs("c") == [], "what concerns all jobs is none"
     assert bad_run.interval == pytest.approx(sound_run.interval / math.sqrt(10), rel=0.02)
 
 
