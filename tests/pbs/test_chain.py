@@ -148,8 +148,9 @@ def test_the_servers_half_is_taken_back_and_put_back_and_doctor_tells(pbs: Pbs) 
     pbs.pbs("qmgr", "-c", "set server node_fail_requeue = 3")
     found = pbs.try_on("ctl", "outlast", "doctor")
     assert (found.returncode, "ok    hook" in found.stdout) == (0, True), found.stdout
-    job = Job(pbs, "sleep 2", "-v", "OUTLAST_INTERVAL=1s")
+    job = Job(pbs, "sleep 1000", "-v", "OUTLAST_INTERVAL=1s")
     job.wait_for("checkpoint")
+    pbs.pbs("qdel", job.id, user=True)
     job.wait_for_state("F")
 
 
