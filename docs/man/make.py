@@ -14,8 +14,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from outlast.cli import parser  # noqa: E402 - of this tree, not of an installed one
-from outlast.cli._common import EXIT_CODES  # noqa: E402
 from outlast.cli._completion import Option, Verb, describe  # noqa: E402
+from outlast.cli._verbs import EXIT_CODES  # noqa: E402
 
 # Verbs for who runs a site; all others are in section 1.
 ADMIN = ("doctor", "config", "watcher", "store", "drain", "verify")

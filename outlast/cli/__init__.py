@@ -15,7 +15,7 @@ from typing import Any
 import outlast
 from outlast import journal
 from outlast.cli import _completion, _here, _jobs, _site, _views
-from outlast.cli._common import EXIT_CODES
+from outlast.cli._verbs import EXIT_CODES
 from outlast.config import DEFAULT_PATH
 from outlast.errors import OutlastError
 

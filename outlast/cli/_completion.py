@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from outlast.cli._common import AddVerb, print_json, with_json
+from outlast.cli._verbs import AddVerb, print_json, with_json
 
 _SHELLS = ("bash", "zsh", "fish")
 # What an argument's name in help says of what it is.

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from outlast import audit, terminal
-from outlast.cli._common import AddVerb, config_of, print_json, with_json
+from outlast.cli._verbs import AddVerb, config_of, print_json, with_json
 from outlast.errors import ConfigError, OutlastError, UsageError
 from outlast.model import JobKey, parse_checkpoint_name, parse_pace
 

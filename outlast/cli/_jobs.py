@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast import audit, control, terminal
-from outlast.cli._common import (
+from outlast.cli._verbs import (
     RUNTIME,
     AddVerb,
     age,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from outlast import audit, storekeeper, terminal
-from outlast.cli._common import RUNTIME, AddVerb, config_of, print_json, with_json
+from outlast.cli._verbs import RUNTIME, AddVerb, config_of, print_json, with_json
 from outlast.config import Config, config_files, explain_config, read_config
 from outlast.errors import ConfigError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outlast import terminal
-from outlast.cli._common import AddVerb, age, ask, milliseconds, moment, print_json, print_table, with_json
+from outlast.cli._verbs import AddVerb, age, ask, milliseconds, moment, print_json, print_table, with_json
 from outlast.errors import OutlastError, UsageError
 
 _EVENTS = 8  # of the chosen job, in the live view
