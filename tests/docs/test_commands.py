@@ -170,14 +170,14 @@ def test_without_a_scheduler_a_command_runs_and_its_checkpoint_comes_back(
         here = re.sub(r"\b17@\d\.\d\b", stored(shown), here)
         here = here if "17" not in here.split() else here.replace(" 17 ", f" {shown.id} ")
     if "alien" in here:
-        start = f"cd {place} && setsid sleep 1000 >o 2>&1 </dev/null & echo $!; sleep 0.3"
+        start = f"cd {place} || exit; setsid sleep 1000 >o 2>&1 </dev/null & echo $!; sleep 0.3"
         pid = cluster.on("n1", "bash", "-c", start).strip()
         cluster.on("n1", "outlast", "checkpoint", "--pid", pid, "alien")
         cluster.on("n1", "kill", "-9", pid)
     # It is the job itself from now on, and that goes on for long: it is looked at, and ended.
     ended = cluster.try_on("n1", "timeout", "-s", "KILL", "8", "bash", "-c", f"cd {place} && {here}")
     assert "Traceback" not in ended.stderr
-    assert ended.returncode in (0, 137), ended.stderr
+    assert ended.returncode in (0, 137, -9), ended.stderr
     log = cluster.try_on("n1", "sh", "-c", "cat /var/log/outlast/jobs/*.log").stdout
     assert "started:" in log or "restored:" in log
 
@@ -187,7 +187,7 @@ def test_a_process_that_outlast_did_not_start_is_checkpointed_and_started_again(
 ) -> None:
     texts = [text for text in ALL if "--pid" in text]
     for text in texts:
-        start = f"cd {place} && setsid ./lu 2000 500 >out 2>&1 </dev/null & echo $!; sleep 1"
+        start = f"cd {place} || exit; setsid ./lu 2000 500 >out 2>&1 </dev/null & echo $!; sleep 1"
         pid = cluster.on("n2", "bash", "-c", start).strip()
         said = cluster.on("n2", *shlex.split(text.removeprefix("sudo ").replace("4711", pid)))
         assert "alien@" in said
