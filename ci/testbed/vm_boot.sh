@@ -29,7 +29,7 @@ done
 hardware() { printf '02:00:%02x:%02x:%02x:%02x' "${1%%.*}" "$(cut -d. -f2 <<<"$1")" "$(cut -d. -f3 <<<"$1")" "${1##*.}"; }
 # On a busy machine a kernel may find its timer dead and give up, and measures the processor's frequency wrongly: its
 # clock would leave this machine's by seconds.
-words=(rootfstype=virtiofs root=root rw console=ttyS0 quiet panic=-1 no_timer_check clocksource=hpet
+words=(rootfstype=virtiofs root=root rw console=ttyS0 quiet panic=-1 no_timer_check notsc
 	init=/usr/local/lib/testbed/vm_init.sh
 	"testbed.host=$host" "testbed.role=$role" "testbed.address=$address" "testbed.console=$console")
 exec chroot "$tools" qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot \
