@@ -389,7 +389,8 @@ def test_owners_see_their_jobs_and_nobody_elses(site: Site, refusing: int) -> No
     site.store.append_events(JobKey("c", "4"), "manager", [{"time": 1.0, "node": "n1", "event": "started"}])
     site.lease("4")
     sizes = {"image_bytes": 5000, "stored_bytes": stored.stored_bytes}
-    row = {"name": "4@0.3", "created": stored.created, **meta, **sizes}
+    place = {"where": ["store"], "durable": True}
+    row = {"name": "4@0.3", "created": stored.created, **meta, **sizes, **place}
     job = {"job_id": "4", "name": "runner", "state": "RUNNING", "nodes": ["n1"], "epoch": 0, "uid": ALICE}
     with site.daemon():
         wait_for(lambda: site.ask(0, op="status")["jobs"][0]["lease_age"] is not None)
