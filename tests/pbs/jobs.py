@@ -31,8 +31,6 @@ class Job:
     def __init__(self, pbs: Pbs, script: str, *options: str) -> None:
         self.pbs = pbs
         self.directory = pbs.new_directory()
-        if not pbs.real:
-            script = script.replace("sleep 1;", "sleep 0.6;")  # the double waits for nothing
         pbs.on(
             "ctl", "sh", "-c", f"cat > {self.directory}/job.sh", user=True, stdin=f"#!/bin/bash\n{script}\n"
         )

@@ -92,7 +92,7 @@ def test_a_job_goes_on_from_a_checkpoint_of_its_owners_choice(pbs: Pbs) -> None:
 
 
 def test_a_job_is_saved_before_its_walltime_ends(pbs: Pbs) -> None:
-    job = Job(pbs, TICKS, "-v", "OUTLAST_INTERVAL=1h", "-l", "walltime=00:00:15")
+    job = Job(pbs, TICKS, "-v", "OUTLAST_INTERVAL=1h", "-l", "walltime=00:00:20")
     job.wait_for("restored", within=90)
     assert job.count("left") >= 1
     job.ends_whole()
