@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster import eventually
-from tests.pbs.conftest import INSTALL, MOMS, Pbs
+from tests.pbs.conftest import INSTALL, Pbs
 from tests.pbs.jobs import COUNT, TICKS, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
