@@ -255,7 +255,7 @@ def test_what_a_checkpointed_job_starts_does_not_inherit_the_flag(directory: str
 
 
 @pytest.mark.parametrize(
-    ("hook", "host", "bound"), [("prolog", "n1", 5), ("epilog", "n1", 10), ("epilog-slurmctld", "ctl", 3)]
+    ("hook", "host", "bound"), [("prolog", "n1", 15), ("epilog", "n1", 10), ("epilog-slurmctld", "ctl", 3)]
 )
 class TestHook:
     def run(self, hook: str, host: str, program: str, *environment: str) -> tuple[int, float]:
