@@ -190,6 +190,9 @@ def _quoted(value: str) -> str:
 class Pbs:
     """PBS's commands, run as the user that this process belongs to."""
 
+    # 17.server, and 17_3.server for a task of an array.
+    job_id = r"[0-9]{1,12}(?:_[0-9]{1,12})?(?:\.[A-Za-z0-9][A-Za-z0-9.-]{0,255})?"
+
     def __init__(self) -> None:
         kept = ("PBS_CONF_FILE", "PBS_EXEC")
         self._environment = {

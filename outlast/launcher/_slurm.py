@@ -153,6 +153,8 @@ def _number(value: object) -> int | None:
 class Slurm:
     """Slurm's commands, run as the user that this process belongs to."""
 
+    job_id = r"[0-9]{1,12}(?:_[0-9]{1,12})?"  # 17, and 17_3 for a task of an array
+
     def __init__(self) -> None:
         # A launcher that runs in a job itself must not have its jobs inherit that job's settings.
         kept = ("SLURM_CONF",)

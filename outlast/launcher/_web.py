@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 _LARGEST_REQUEST = 4 << 20
 _TICKET_SECONDS = 60.0
-# Slurm's 17, PBS's 17.server, and 17_3.server for a task of an array.
-_JOB = r"[0-9]{1,12}(?:_[0-9]{1,12})?(?:\.[A-Za-z0-9][A-Za-z0-9.-]{0,255})?"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": (
@@ -93,6 +91,7 @@ class Site:
         app = web.Application(middlewares=[self._guard], client_max_size=_LARGEST_REQUEST)
         app.cleanup_ctx.append(self._background)
         app.on_response_prepare.append(_harden)
+        job = f"{{job:{self._queue.job_id}}}"
         app.add_routes(
             [
                 web.get("/", self._page),
@@ -102,8 +101,8 @@ class Site:
                 web.get("/api/stream", self._stream),
                 web.post("/api/preview", self._preview),
                 web.post("/api/jobs", self._submit),
-                web.post(rf"/api/jobs/{{job:{_JOB}}}/download", self._ticket),
-                web.post(rf"/api/jobs/{{job:{_JOB}}}/{{action:[a-z]{{1,20}}}}", self._act),
+                web.post(f"/api/jobs/{job}/download", self._ticket),
+                web.post(f"/api/jobs/{job}/{{action:[a-z]{{1,20}}}}", self._act),
             ]
         )
         return app
@@ -184,7 +183,7 @@ class Site:
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         job_id = request.query.get("job") or None
-        if job_id is not None and not re.fullmatch(_JOB, job_id):
+        if job_id is not None and not re.fullmatch(self._queue.job_id, job_id):
             raise UsageError(f"{job_id[:40]!r}: not a job's id")
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
