@@ -30,7 +30,7 @@ _KNOWN_DEVICES: Mapping[int, frozenset[int] | None] = {
 _KNOWN_SOCKETS = re.compile(r"UNIX.*|TCP(v6)?|UDP(-?Lite)?(v6)?|RAW(v6)?|PING(v6)?|NETLINK|PACKET")
 _MQUEUE_MAGIC = 0x19800202  # statfs(2)
 # Not "net": CRIU dumps those too.
-_NAMESPACES = ("user", "pid_for_children", "mnt")
+_NAMESPACES = ("user", "pid_for_children", "mnt")  # the last is read last: see _process()
 
 # By kind: what is found, and what can be done about it. {} is what exactly.
 _WORDS: Mapping[str, tuple[str, str]] = {
@@ -154,8 +154,11 @@ def _process(pid: int, outside: int) -> Iterator[Finding]:
     with contextlib.suppress(OSError):
         if os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "srun":  # noqa: PTH115, PTH119
             yield _finding("step", pid)
+    own = {name: _namespace(pid, name) for name in _NAMESPACES}
+    if own["mnt"] == "none":
+        return  # it is just ending: of all that live, this can be read
     for name in _NAMESPACES:
-        if _namespace(pid, name) != _namespace(outside, name):
+        if own[name] != _namespace(outside, name):
             kind = {"pid_for_children": "pid", "mnt": "mount"}.get(name, name)
             yield _finding(f"{kind}-namespace", pid)
 
