@@ -79,6 +79,14 @@ def state(page: Chrome, job_id: str) -> str:
     return "".join(texts(page, f'[data-job="{job_id}"] .badge'))
 
 
+def has_more_to_lose(browser: Chrome) -> bool:
+    """Whether the page shows a line more after a while in which it shows no new checkpoint."""
+    before = len(events(browser, "checkpoint")), len(texts(browser, '[data-stream="out"] .line'))
+    time.sleep(1)
+    now = len(events(browser, "checkpoint")), len(texts(browser, '[data-stream="out"] .line'))
+    return now[0] == before[0] and now[1] > before[1]
+
+
 def test_a_job_is_submitted_watched_loses_its_node_and_goes_on_with_every_line_once(
     browser: Chrome, launcher: Launcher, cluster_to_break: Cluster
 ) -> None:
@@ -103,6 +111,7 @@ def test_a_job_is_submitted_watched_loses_its_node_and_goes_on_with_every_line_o
     assert len(shown) > 5
 
     first = job.node
+    soon(lambda: has_more_to_lose(browser), "lines after the newest checkpoint", within=20)
     cluster.cut_power(first)
     soon(lambda: events(browser, "restored"), "the job's return in the control messages", within=90)
     soon(lambda: len(texts(browser, ".timeline svg .run")) == 2, "two runs in the timeline")
