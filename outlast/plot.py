@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from outlast.errors import OutlastError, UsageError
+from outlast.terminal import size
 from outlast.timeline import Cost, History, Run
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _LANE = 960, 90, 24, 58, 46
@@ -86,15 +87,6 @@ def span(seconds: float) -> str:
         if seconds < below:
             return f"{seconds / length:.1f} {unit}".replace(".0 ", " ")
     raise AssertionError
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _clock(at: float) -> str:

@@ -1,4 +1,4 @@
-"""Color and progress for people at a terminal; nothing of either where the output goes elsewhere."""
+"""What is for people to read: sizes, and at a terminal, nowhere else, color and progress."""
 
 from __future__ import annotations
 
@@ -111,3 +111,12 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
 
 def _nothing(done: float) -> None:
     """Show nothing of what is *done*."""
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -19,11 +19,11 @@ from outlast.cli._verbs import (
     moment,
     print_json,
     print_table,
-    size,
     with_json,
 )
 from outlast.errors import OutlastError, UsageError
 from outlast.model import parse_checkpoint_name
+from outlast.terminal import size
 
 _CHECKPOINT_SECONDS = 600.0
 _LEAVING_SECONDS = 900.0
