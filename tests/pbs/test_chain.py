@@ -43,10 +43,13 @@ def test_a_held_job_goes_on_on_another_host(pbs: Pbs) -> None:
     assert job.processes(first) == []
     pbs.pbs("pbsnodes", "-o", first)
     pbs.pbs("qrls", job.id, user=True)
-    # PBS refuses the first attempt after a hold, and takes the job up in its next cycle.
-    eventually(
-        lambda: pbs.pbs("qmgr", "-c", "set server scheduling = true") + job.node, within=20, what="its start"
-    )
+
+    def started() -> str:
+        # PBS refuses the first attempt after a hold, and takes the job up in its next cycle.
+        pbs.pbs("qmgr", "-c", "set server scheduling = true")
+        return job.node
+
+    eventually(started, within=20, what="its start")
     job.wait_for("restored", within=90)
     assert job.node not in ("", first)
     job.ends_whole()

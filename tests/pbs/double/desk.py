@@ -298,6 +298,8 @@ class Desk:
             table[name] = text
         elif verb == "unset":
             table.pop(name, None)
+        if verb != "list":
+            return ""
         return f"Server ctl\n    {name} = {table[name]}\n" if name in table else ""
 
     # --- small things -----------------------------------------------------------------------------------
