@@ -296,4 +296,4 @@ class TestHook:
             on(host, "rm", "-f", sleeper)
 
         assert code == 0
-        assert bound <= seconds < bound + 4
+        assert bound <= seconds < 35, "it would have slept 40 s"

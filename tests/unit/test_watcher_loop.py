@@ -214,7 +214,7 @@ def test_the_next_run_of_a_lost_job_is_fenced_off_for_as_long_as_the_lost_one_ma
         site.store.renew_lease(lease)
     while not site.store.leases("c")[0].lease.is_lifted:
         loop.cycle()
-    assert site.config.lease.ttl - 0.1 < time.monotonic() - up < site.config.lease.ttl + 2
+    assert site.config.lease.ttl - 0.1 < time.monotonic() - up < site.config.lease.ttl + 10
 
 
 def test_a_job_that_the_scheduler_still_has_run_gets_no_fence(site: Site, silent: int) -> None:

@@ -47,7 +47,7 @@ def test_many_silent_nodes_take_no_longer_than_one(silent: int) -> None:
 
     assert len(answers) == 100
     assert not any(answers.values())
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 15, "one after another they would take 30 s"
 
 
 def test_nothing_is_said_of_a_node_that_could_not_be_asked(alive: int) -> None:
