@@ -26,7 +26,6 @@ CHECKOUT = HERE.parents[1]
 
 _HOST = "bare"
 _KEPT_ROOTS = 4  # two kinds, of this recipe and of the one before
-_CONTAINED = ("setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--pid", "--kill-child", "--mount-proc")
 
 
 def root(kind: str, layout: Layout) -> Path:
@@ -53,19 +52,15 @@ def root(kind: str, layout: Layout) -> Path:
         machine.say(f"making the root file system for packages: {kind}")
         work, log = tree.with_name(f"packages-{kind}.unfinished"), layout.cache / f"packages-{kind}.log"
         images.remove(work)
-        argv = ["bash", recipe, kind, work, machine.debian_mirror(), control, *machine.apt_options()]
-        with log.open("wb") as output:
-            built = subprocess.run(
-                [*_CONTAINED, *map(str, argv)],
-                env={"PATH": PATH, "LANG": "C.UTF-8"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if built.returncode:
-            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-            raise TestbedError(f"building {tree.name}:\n{last}", hint=f"the whole log is in {log}")
+        argv: list[str | Path] = [
+            recipe,
+            kind,
+            work,
+            machine.debian_mirror(),
+            control,
+            *machine.apt_options(),
+        ]
+        images.run_recipe(f"building {tree.name}", argv, log, {})
         subprocess.run(["sync", "--file-system", layout.cache], check=True)
         work.rename(tree)
         kept = sorted(layout.cache.glob("packages-*-*"), key=lambda path: path.stat().st_mtime, reverse=True)

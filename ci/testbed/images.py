@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ _APT = (
     'Acquire::Retries "3"',
     'DPkg::Options:: "--force-unsafe-io"',
 )
-_ENVIRONMENT = {"PATH": PATH, "LANG": "C.UTF-8"}
+_ENVIRONMENT: Mapping[str, str] = {"PATH": PATH, "LANG": "C.UTF-8"}
 
 
 @contextmanager
@@ -148,21 +148,12 @@ def added_layer(layout: Layout, root: Path, name: str) -> Path:
         apt = work / "apt.conf"
         options = [*machine.apt_options(), *_APT]
         apt.write_text("".join(f"{option};\n" for option in options))
-        command = [*_CONTAINED, "bash", str(recipe), str(root), str(work / "layer"), str(work / "build")]
-        with log.open("wb") as output:
-            built = subprocess.run(
-                command,
-                env=_ENVIRONMENT | {"APT_CONFIG": str(apt)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if built.returncode:
-            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-            raise TestbedError(
-                f"installing more packages ({recipe.name}):\n{last}", hint=f"the whole log is in {log}"
-            )
+        run_recipe(
+            f"installing more packages ({recipe.name})",
+            [recipe, root, work / "layer", work / "build"],
+            log,
+            {"APT_CONFIG": str(apt)},
+        )
         subprocess.run(["sync", "--file-system", work], check=True)
         (work / "layer").rename(layer)
         for old in _newest_first(layout.cache.glob(f"{name}-????????????"))[_KEPT_ROOTS:]:
@@ -179,27 +170,40 @@ def _build_root(work: Path, tarball: Path) -> None:
     mirror = machine.debian_mirror()
     machine.say("building the root file system of the hosts, which takes a minute or two the first time")
     log = tarball.with_name("rootfs.log")
+    run_recipe(
+        f"building the root file system from {mirror}",
+        [HERE / "rootfs.sh", work / "root.tar", mirror, *machine.apt_options()],
+        log,
+        {"TMPDIR": str(work)},
+    )
+    packed = work / "root.tar.zst"
+    subprocess.run(["zstd", "-q", "-6", "-T0", "--rm", work / "root.tar", "-o", packed], check=True)
+    subprocess.run(["sync", "--file-system", work], check=True)
+    packed.rename(tarball)
+
+
+def run_recipe(what: str, recipe: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> None:
+    """Run a recipe, a script of bash's with its arguments, contained and with all that it says in *log*.
+
+    Raises:
+        TestbedError: it did not succeed; the message holds its last words.
+    """
     with log.open("wb") as output:
-        recipe = str(HERE / "rootfs.sh")
-        built = subprocess.run(
-            [*_CONTAINED, "bash", recipe, str(work / "root.tar"), mirror, *machine.apt_options()],
-            env=_ENVIRONMENT | {"TMPDIR": str(work)},
+        made = subprocess.run(
+            [*_CONTAINED, "bash", *map(str, recipe)],
+            env={**_ENVIRONMENT, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    if built.returncode:
+    if made.returncode:
         text = log.read_text(errors="replace")
         hint = f"the whole log is in {log}"
         if "NO_PUBKEY" in text or "not signed" in text:
             hint = "this machine's debian-archive-keyring is too old for Debian 13: upgrade that package"
         last = "\n".join(text.strip().splitlines()[-8:])
-        raise TestbedError(f"building the root file system from {mirror}:\n{last}", hint=hint)
-    packed = work / "root.tar.zst"
-    subprocess.run(["zstd", "-q", "-6", "-T0", "--rm", work / "root.tar", "-o", packed], check=True)
-    subprocess.run(["sync", "--file-system", work], check=True)
-    packed.rename(tarball)
+        raise TestbedError(f"{what}:\n{last}", hint=hint)
 
 
 def run_in_root(
