@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     "step": (
         "a step of srun, whose processes are the node's and not the job's",
         "start the program without srun (Open MPI: mpirun), or take its steps' results between checkpoints",
+    ),
+    "leaderless": (
+        "its first thread has ended before the others, which CRIU cannot dump",
+        "have the first thread wait for the others (pthread_join) and end last",
     ),
     "traced": ("it is traced by process {} (strace, gdb)", "checkpoints work once that has ended"),
     "deleted-large": ("a deleted file of {}", "at most 1 GiB goes with a checkpoint: do not delete it"),
@@ -143,6 +148,8 @@ def _finding(kind: str, pid: int, fd: int | None = None, exactly: str = "") -> F
 def _process(pid: int, outside: int) -> Iterator[Finding]:
     status = Path(f"/proc/{pid}/status").read_text()
     if re.search(r"^State:\s*[ZX]", status, re.M):
+        if _has_live_threads(pid):
+            yield _finding("leaderless", pid)
         return
     tracers = {
         tracer
@@ -161,6 +168,24 @@ def _process(pid: int, outside: int) -> Iterator[Finding]:
         if own[name] != _namespace(outside, name):
             kind = {"pid_for_children": "pid", "mnt": "mount"}.get(name, name)
             yield _finding(f"{kind}-namespace", pid)
+
+
+def _has_live_threads(pid: int) -> bool:
+    """Whether the first thread of *pid*, which has ended, has left others that are not about to end themselves."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        status = _text(task / "status")
+        pending = re.search(r"^SigPnd:\s*(\w+)$", status, re.M)
+        # A process that ends as a whole has SIGKILL sent to each of its threads.
+        ending = pending is None or int(pending[1], 16) & 1 << signal.SIGKILL - 1
+        if not ending and not re.search(r"^State:\s*[ZX]", status, re.M) and not _is_exiting(task):
+            return True
+    return False
+
+
+def _is_exiting(task: Path) -> bool:
+    """Whether a thread is on its way out: proc_pid_stat(5), flags; PF_EXITING of linux/sched.h."""
+    fields = _text(task / "stat").rpartition(")")[2].split()
+    return not fields or bool(int(fields[6]) & 0x4)
 
 
 def _namespace(pid: int, name: str) -> str:

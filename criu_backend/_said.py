@@ -37,6 +37,7 @@ _HINTS = (
     (re.compile(r"link remap"), way_out("deleted-linked")),
     (re.compile(r"Unable to convert uid or gid"), way_out("user-namespace")),
     (re.compile(r"have a proper root mount"), way_out("mount-namespace")),
+    (re.compile(r"Unable to detach from"), way_out("leaderless")),
     (re.compile(r"Unseizable"), "the job is traced (strace, gdb); checkpoints work once that has ended"),
     (re.compile(r"nested (pid|user|mnt) namespace"), "containers inside the job cannot be dumped"),
     (re.compile(r"has bad size"), "a file that the job had open has changed since the checkpoint"),

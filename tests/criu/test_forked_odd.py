@@ -18,31 +18,6 @@ pytestmark = pytest.mark.criu
 
 _NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 
-# Its first thread ends; the second counts in memory, and says so.
-_LEADERLESS = r"""
-#include <pthread.h>
-#include <stdio.h>
-#include <unistd.h>
-
-static void *count(void *unused)
-{
-	(void)unused;
-	for (volatile unsigned long i = 0; access("stop", F_OK) != 0; i++) {
-		dprintf(1, "count %lu\n", i);
-		usleep(20000);
-	}
-	_exit(3);
-}
-
-int main(void)
-{
-	pthread_t thread;
-
-	pthread_create(&thread, NULL, count, NULL);
-	pthread_exit(NULL);
-}
-"""
-
 
 @pytest.fixture
 def huge_pages(need: Callable[[str, str | None], None]) -> Iterator[None]:
@@ -88,14 +63,14 @@ def test_process_whose_first_thread_has_ended_is_refused_and_runs_on(
 ) -> None:
     need("gcc", None if shutil.which("gcc") else "no gcc; install it")
     program = user_place.path / "leaderless"
-    source = program.with_suffix(".c")
-    source.write_text(_LEADERLESS)
+    source = Path(__file__).parent / "kinds/leaderless.c"
     subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True)
     job = user_place.start([str(program)])
     eventually(lambda: len(job.said()) > 3, "the second thread counts")
-    with pytest.raises(CriuError):
+    with pytest.raises(CriuError) as caught:
         user_place.dump(job, mode=mode)
     before = len(job.said())
     eventually(lambda: len(job.said()) > before + 3, "the second thread goes on counting")
+    assert "pthread_join" in str(caught.value.hint)
     user_place.touch("stop")
     assert job.ended() == exit_code(3)

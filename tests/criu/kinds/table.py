@@ -93,6 +93,7 @@ WORKS: tuple[Kind, ...] = (
     _c("openmp", THREADS, "OpenMP", "-fopenmp", "-lm"),
     _c("robust", THREADS, "mutexes shared between processes, robust ones too", "-pthread"),
     _c("rseq", THREADS, "restartable sequences (rseq, of every program with glibc 2.35)"),
+    _c("vdso", THREADS, "clocks read without a system call (vDSO, as every program does)"),
     Kind("shared-anonymous", MEMORY, "memory shared between the job's processes"),
     Kind("shared-unlinked", MEMORY, "shared memory of /dev/shm that has no name any more"),
     Kind(
@@ -237,6 +238,16 @@ REFUSED: tuple[Refused, ...] = (
         said=r"Unseizable|seize",
         finding="traced",
         needs="strace",
+    ),
+    Refused(
+        "leaderless",
+        THREADS,
+        "processes whose first thread has ended (pthread_exit in main) before the others",
+        ("{built}/leaderless",),
+        ("gcc", "-O2", "-Wall", "-Wextra", "-pthread", "-o", "{built}/leaderless", "{here}/leaderless.c"),
+        needs="gcc",
+        said=r"Unable to detach",
+        finding="leaderless",
     ),
     Refused(
         "user-namespace",
