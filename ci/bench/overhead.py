@@ -1,30 +1,36 @@
 """What checkpoints cost a job in time: the papers' experiments, each run beside the same run without checkpoints.
 
 LU factorization with 3 and 6 checkpoints, matrix multiplication and a cellular automaton with 10, sequential
-("plain") and forked, on one node of a cluster, shipped to its SFTP store meanwhile. A round runs the program
-once without checkpoints, once in each way, and once more without; a run's ratio is its time over the mean of the
-two without in its round, and "noise" is the second of these over the first. The work of a program is repeated
-until a run lasts as long as asked for.
+("plain") and forked, on one node of a cluster, shipped to its SFTP store meanwhile. Each round is a run without
+checkpoints and one in each way; a run's ratio is its time over the mean of those without beside its round, the one
+before and, but for the last, the one after. "Noise" is what two of these, one after the other, have to each other.
+The work of a program is repeated until a run lasts as long as asked for.
 
 On a machine with other work a run's time says little; "CPU ratio" is then of more use: the time that the program
 computed for, and its pauses, over the time that it computes for alone.
 
 The notes hold the medians of the ratios of forked checkpoints, lu {checkpoints: ratio} and matmul and cellular
-{size: ratio}, and noise, what ratio the runs without checkpoints have to each other. --plot draws them beside
-what the papers measured.
+{size: ratio}, and noise. --plot draws them beside what the papers measured. Forked alone, all cases take a
+little more than an hour; with --keep they can be measured one by one, and what is broken off loses only the case
+that it was at.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ci.bench import Bed, Bench
+from ci.bench._frame import Row
 from ci.bench._overhead_plot import draw, require
+from ci.testbed.layout import TestbedError
 
 ROUNDS = 5
 
@@ -40,15 +46,21 @@ class _Case:
     size: int
     checkpoints: tuple[int, ...]
     probe_steps: int
+    seconds: float = 61.0  # a minute, and what the probe may be wrong by
 
     @property
     def name(self) -> str:
         return f"{self.program} {self.size}"
 
+    @property
+    def word(self) -> str:
+        """What it is called on the command line."""
+        return f"{self.program}-{self.size}"
+
 
 # LU's image is about 1.3 MB at order 400, as the paper's was.
 _CASES = (
-    _Case("lu", 400, (3, 6), 20),
+    _Case("lu", 400, (3, 6), 20, 36.0),
     _Case("matmul", 500, (10,), 8),
     _Case("matmul", 615, (10,), 4),
     _Case("matmul", 1020, (10,), 2),
@@ -60,11 +72,11 @@ _CASES = (
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add what to measure."""
-    names = [f"{case.program}-{case.size}" for case in _CASES]
+    names = [case.word for case in _CASES]
     parser.add_argument(
         "--cases",
-        type=lambda text: [_case(word) for word in text.split(",")],
-        default=list(_CASES),
+        type=_names,
+        default=names,
         metavar="CASE,...",
         help=f"of {', '.join(names)}; all of them unless given",
     )
@@ -75,72 +87,133 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="MODE,...",
         help="of plain (sequential) and forked; both unless given",
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long a run lasts: %(default)g")
+    parser.add_argument(
+        "--seconds", type=float, help="how long a run lasts; 61, and 36 of LU, as in its paper, unless given"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep each case's values there; a case that is there already is not measured again",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios beside the papers'")
 
 
-def _case(text: str) -> _Case:
-    for case in _CASES:
-        if text == f"{case.program}-{case.size}":
-            return case
-    raise argparse.ArgumentTypeError(f"{text}: no such case")
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := sorted(set(names) - {case.word for case in _CASES}):
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such case")
+    return names
 
 
 def run(bench: Bench) -> None:
     """Measure."""
-    ratios: dict[str, dict[str, float]] = {}
-    noise: dict[str, float] = {}
     if bench.options.plot is not None:
         require()
-    with bench.testbed() as bed:
-        bed.give(_PROGRAM, "overhead.py")
-        bed.programs()
-        for case in bench.options.cases:
-            noise[case.name] = _measure(bench, bed, case, ratios)
-    for program, found in ratios.items():
-        bench.note(program, found)
+    cases = [case for case in _CASES if case.word in bench.options.cases]
+    found = {case: rows for case in cases if (rows := _kept(bench, case)) is not None}
+    missing = [case for case in cases if case not in found]
+    if missing:
+        with bench.testbed() as bed:
+            bed.give(_PROGRAM, "overhead.py")
+            bed.programs()
+            for case in missing:
+                _measure(bench, bed, case)
+                found[case] = [row for row in bench.rows() if row.quantity.startswith(f"{case.name}, ")]
+                _keep(bench, case, found[case])
+    ratios: dict[str, dict[str, float]] = {}
+    noise: dict[str, float] = {}
+    for case in cases:
+        if case not in missing:
+            for row in found[case]:
+                for value in row.values:
+                    bench.add(row.variant, row.quantity, value, row.unit)
+        for row in found[case]:
+            if row.quantity == f"{case.name}, ratio":
+                if row.variant == "none":
+                    noise[case.name] = round(row.median, 4)
+                elif row.variant.startswith("forked"):
+                    key = row.variant.split()[1] if case.program == "lu" else str(case.size)
+                    ratios.setdefault(case.program, {})[key] = round(row.median, 4)
+    for program, medians in ratios.items():
+        bench.note(program, medians)
     bench.note("noise", noise)
     if bench.options.plot is not None:
         draw(bench.options.plot, ratios, noise)
 
 
-def _measure(bench: Bench, bed: Bed, case: _Case, ratios: dict[str, dict[str, float]]) -> float:
+def _facts(bench: Bench, case: _Case) -> dict[str, object]:
+    """What values must have in common to be of one table."""
+    seconds = bench.options.seconds or case.seconds
+    return {"rounds": bench.round_count, "modes": bench.options.modes, "seconds": seconds}
+
+
+def _kept(bench: Bench, case: _Case) -> list[Row] | None:
+    """Return what an earlier run kept of a case, None if nothing.
+
+    Raises:
+        TestbedError: that run was asked for something else.
+    """
+    file = bench.options.keep / f"{case.word}.json" if bench.options.keep is not None else None
+    if file is None or not file.exists():
+        return None
+    kept = json.loads(file.read_text())
+    if kept["facts"] != _facts(bench, case):
+        raise TestbedError(
+            f"{file}: measured with {kept['facts']}, not with {_facts(bench, case)}",
+            hint="give the options of that run, or another directory",
+        )
+    return [Row(variant, quantity, unit, tuple(values)) for variant, quantity, unit, values in kept["rows"]]
+
+
+def _keep(bench: Bench, case: _Case, rows: Sequence[Row]) -> None:
+    if bench.options.keep is not None:
+        kept = [[row.variant, row.quantity, row.unit, row.values] for row in rows]
+        bench.options.keep.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"facts": _facts(bench, case), "machine": bench.machine, "rows": kept})
+        (bench.options.keep / f"{case.word}.json").write_text(text)
+
+
+def _measure(bench: Bench, bed: Bed, case: _Case) -> None:
     probe = _once(bed, case, case.probe_steps, "none", 0, _PROBE_SECONDS)["seconds"]
-    steps = max(1, round(case.probe_steps * bench.options.seconds / probe))
+    steps = math.ceil(case.probe_steps * (bench.options.seconds or case.seconds) / probe)
     expected = probe / case.probe_steps * steps
     bench.say(f"{case.name}: {steps} steps, about {expected:.0f} s a run")
     ways = [(mode, count) for count in case.checkpoints for mode in bench.options.modes]
-    found: dict[tuple[str, int], list[float]] = {}
-    noise: list[float] = []
+    alone: list[dict[str, Any]] = []
+    told: list[dict[tuple[str, int], dict[str, Any]]] = []
     for number in range(bench.round_count):
         bench.say(f"{case.name}: round {number + 1} of {bench.round_count}")
-        before = _once(bed, case, steps, "none", 0, expected)
-        expected = first = float(before["seconds"])
-        told: dict[tuple[str, int], dict[str, Any]] = {}
-        for mode, count in ways if number % 2 == 0 else reversed(ways):
-            told[mode, count] = _once(bed, case, steps, mode, count, expected)
-        after = _once(bed, case, steps, "none", 0, expected)
-        last = float(after["seconds"])
-        alone = (first + last) / 2
-        computed = (before["cpu_seconds"] + after["cpu_seconds"]) / 2
-        noise.append(last / first)
-        bench.add("none", f"{case.name}, run", alone, "s")
-        bench.add("none", f"{case.name}, ratio", last / first, "")
-        for (mode, count), answer in told.items():
-            variant, ratio = f"{mode}, {count} checkpoints", answer["seconds"] / alone
-            found.setdefault((mode, count), []).append(ratio)
-            bench.add(variant, f"{case.name}, run", answer["seconds"], "s")
-            bench.add(variant, f"{case.name}, ratio", ratio, "")
-            worked = answer["cpu_seconds"] + sum(answer["pauses_ms"]) / 1e3
-            bench.add(variant, f"{case.name}, CPU ratio", worked / computed, "")
-            bench.add(variant, f"{case.name}, pause", statistics.median(answer["pauses_ms"]), "ms")
-            bench.add(variant, f"{case.name}, shipped", answer["shipped_bytes"] / 1e6, "MB")
-            bench.add(variant, f"{case.name}, manager's CPU", answer["manager_cpu_seconds"], "s")
-    for (mode, count), values in found.items():
-        if mode == "forked":
-            key = str(count) if case.program == "lu" else str(case.size)
-            ratios.setdefault(case.program, {})[key] = round(statistics.median(values), 4)
-    return round(statistics.median(noise), 4)
+        alone.append(_once(bed, case, steps, "none", 0, expected))
+        expected = float(alone[-1]["seconds"])
+        turn = ways if number % 2 == 0 else reversed(ways)
+        told.append({(mode, count): _once(bed, case, steps, mode, count, expected) for mode, count in turn})
+    for one in alone:
+        bench.add("none", f"{case.name}, run", one["seconds"], "s")
+    for before, after in itertools.pairwise(alone):
+        bench.add("none", f"{case.name}, ratio", after["seconds"] / before["seconds"], "")
+    for number, answers in enumerate(told):
+        _add_round(bench, case, answers, alone[number : number + 2])
+
+
+def _add_round(
+    bench: Bench,
+    case: _Case,
+    answers: dict[tuple[str, int], dict[str, Any]],
+    alone: Sequence[dict[str, Any]],
+) -> None:
+    """Add what the runs of one round took, beside those without checkpoints before and after it."""
+    seconds = statistics.mean(one["seconds"] for one in alone)
+    computed = statistics.mean(one["cpu_seconds"] for one in alone)
+    for (mode, count), answer in answers.items():
+        variant = f"{mode}, {count} checkpoints"
+        bench.add(variant, f"{case.name}, run", answer["seconds"], "s")
+        bench.add(variant, f"{case.name}, ratio", answer["seconds"] / seconds, "")
+        worked = answer["cpu_seconds"] + sum(answer["pauses_ms"]) / 1e3
+        bench.add(variant, f"{case.name}, CPU ratio", worked / computed, "")
+        bench.add(variant, f"{case.name}, pause", statistics.median(answer["pauses_ms"]), "ms")
+        bench.add(variant, f"{case.name}, shipped", answer["shipped_bytes"] / 1e6, "MB")
+        bench.add(variant, f"{case.name}, manager's CPU", answer["manager_cpu_seconds"], "s")
 
 
 def _once(
