@@ -36,11 +36,12 @@ from outlast.store._source import Memory, file_chunks, memory_chunks, opened, re
 _WORKERS = 2
 _AHEAD = 24  # frames in memory between hashing and sending: 6 MiB
 PACK_SIZE = 64 << 20  # bytes, at which a pack is full: what an interrupted upload ships again at most
-# A pack of whose pages the newest checkpoint needs less than this is not referred to again, so that it
-# can go with the older checkpoints: what is still needed of it is shipped once more.
-_LIVE_SHARE = 0.4
-# Of packs of which less than a 32nd of a full one is needed, a checkpoint has so many at most; beyond it what
-# is needed of the smallest is shipped again, as one.
+# The packs that a writer knows hold so many times at most what the newest checkpoint needs of them. Beyond it, the
+# sparsest are not referred to again, so that they can go with the older checkpoints: what is still needed of
+# them is shipped once more. docs/adr/0007 has what other numbers cost.
+_MOST_HELD = 3.0
+# Of small packs, of which less is needed than a 32nd of a full one and a 1024th of the checkpoint, there are so
+# many at most; beyond it what is needed of the smallest is shipped again, as one.
 _MOST_SMALL = 200
 
 
@@ -77,17 +78,30 @@ class Known:
         self.packs.append(pack)
 
     def drop_sparse(self, live: Numbers) -> None:
-        """Forget packs of which too little is in *live*: the newest checkpoint's pages in each frame."""
+        """Forget packs of which too little is in *live*: the newest checkpoint's pages in each frame.
+
+        Afterwards what is left, and what of the rest must be shipped again, is at most _MOST_HELD times what the
+        checkpoint needs, where a frame's bytes are needed in the proportion of its pages. Of each pack that goes
+        for that, less than one _MOST_HELDth is needed: so little of all that is shipped is shipped again.
+        """
         if not len(self.frames):
             return
         count = len(self.packs)
-        live_pages = np.bincount(self.frames[:, 0], live, count)
-        all_pages = np.bincount(self.frames[:, 0], self.frames[:, 4], count)
-        keep = live_pages >= _LIVE_SHARE * all_pages
-        small = np.flatnonzero(keep & (live_pages < PACK_SIZE // (32 * PAGE)))
+        numbers, lengths = self.frames[:, 0], self.frames[:, 3]
+        live_pages = np.bincount(numbers, live, count)
+        needed = np.bincount(numbers, lengths * live / self.frames[:, 4], count)
+        idle = np.bincount(numbers, lengths, count) - needed
+        keep = live_pages > 0
+        # What is needed of a pack that goes comes back with the next checkpoint; what is idle does not.
+        excess = idle[keep].sum() - (_MOST_HELD - 1) * needed.sum()
+        sparsest = np.flatnonzero(keep)
+        sparsest = sparsest[np.argsort(needed[sparsest] / (needed + idle)[sparsest], kind="stable")]
+        before = np.cumsum(idle[sparsest]) - idle[sparsest]
+        keep[sparsest[before < excess]] = False
+        small = np.flatnonzero(keep & (live_pages < min(PACK_SIZE // (32 * PAGE), live_pages.sum() / 1024)))
         if len(small) > _MOST_SMALL:
             keep[small[np.argsort(live_pages[small], kind="stable")][: len(small) // 2]] = False
-        wanted = keep[self.frames[:, 0]]
+        wanted = keep[numbers]
         self.table.keep(wanted)
         self.frames = self.frames[wanted]
         self.frames[:, 0] = (np.cumsum(keep) - 1)[self.frames[:, 0]]
