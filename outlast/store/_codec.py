@@ -11,11 +11,17 @@ from outlast.errors import CorruptCheckpoint
 from outlast.store._pages import PAGE
 
 # The first byte of what `packed` returns; docs/store-format.md, "Keys".
-_RAW, _ZSTD, _PLANES, _STEPS = b"\0", b"\1", b"\2", b"\3"
+_RAW, _ZSTD, _PLANES, _STEPS, _RECORDS, _CURVES = (bytes([form]) for form in range(6))
+_FILTERS = (_PLANES, _STEPS, _RECORDS, _CURVES)
+_RECORD = 32  # bytes: two of the allocation units of a 64-bit C library or of Python
+_ORDER = 6  # of the differences that stand for a curve
 _WORTH = 0.97  # of its size: what compression must bring a text to
-_CLEARLY = 0.95  # of the size without it: what a filter must bring a sample to, as it costs time to undo
 _LEVEL = 1
-_SAMPLE = 4  # pages that are compressed in each way, to choose one
+_SAMPLE = 4 * PAGE  # bytes of a large frame that are compressed in each way, to choose one; of others all are
+_LARGE = 16 * PAGE
+# What a filter may be worse by, in a sample: the kinds of bytes that it sorts have too few of each there to be packed
+# as well as in all of a frame.
+_TOLERANCE = 0.025
 
 _local = threading.local()
 
@@ -36,7 +42,7 @@ def unpacked(body: bytes, *, largest: int, what: str) -> bytes:
     form = body[:1]
     if form == _RAW:
         return body[1:]
-    if form not in (_ZSTD, _PLANES, _STEPS):
+    if form != _ZSTD and form not in _FILTERS:
         raise CorruptCheckpoint(
             f"{what}: packed in the way {form.hex() or 'of nothing'}, which this Outlast does not know",
             hint="a newer one wrote it: install that on this node",
@@ -49,30 +55,46 @@ def unpacked(body: bytes, *, largest: int, what: str) -> bytes:
         raise CorruptCheckpoint(f"{what}: {error}") from error
     if form == _ZSTD:
         return plain
-    if len(plain) % 8:
-        raise CorruptCheckpoint(f"{what}: no whole numbers of 8 bytes")
-    words = np.frombuffer(plain, np.uint8).reshape(8, -1).T.copy()
+    width = _RECORD if form == _RECORDS else 8
+    if len(plain) % width:
+        raise CorruptCheckpoint(f"{what}: no whole numbers of {width} bytes")
+    sorted_back = np.frombuffer(plain, np.uint8).reshape(width, -1).T.copy()
+    if form in (_PLANES, _RECORDS):
+        return sorted_back.tobytes()
+    words = sorted_back.view("<u8").reshape(-1)
     if form == _STEPS:
-        return np.cumsum(words.view("<u8").reshape(-1), dtype="<u8").tobytes()
+        return np.cumsum(words, out=words).tobytes()
+    words = (words >> np.uint64(1)) ^ -(words & np.uint64(1))
+    for _ in range(_ORDER):
+        np.cumsum(words, out=words)
     return words.tobytes()
 
 
 def _form(plain: bytes | memoryview) -> bytes:
-    """Choose, by a few of the pages, what makes them smallest."""
-    step = max(PAGE, len(plain) // PAGE // _SAMPLE * PAGE)
-    sample = b"".join(plain[start : start + PAGE] for start in range(0, len(plain), step))
-    size = {form: len(_compressed(_filtered(form, sample))) for form in (_ZSTD, _PLANES, _STEPS)}
-    best = min(_PLANES, _STEPS, key=size.__getitem__)
-    return best if size[best] < _CLEARLY * size[_ZSTD] else _ZSTD
+    """Choose, by some pages in the middle, what makes them smallest. They are neighbors: filters live on that."""
+    is_large = len(plain) > _LARGE
+    start = len(plain) // 2 // PAGE * PAGE
+    sample = plain[start : start + _SAMPLE] if is_large else plain
+    size = {form: len(_compressed(_filtered(form, sample))) for form in (_ZSTD, _PLANES)}
+    if min(size.values()) > _WORTH * len(sample):
+        return _ZSTD  # noise, of which no filter makes anything else
+    size |= {form: len(_compressed(_filtered(form, sample))) for form in _FILTERS[1:]}
+    best = min(_FILTERS, key=size.__getitem__)
+    return best if size[best] < size[_ZSTD] + _TOLERANCE * is_large * len(sample) else _ZSTD
 
 
 def _filtered(form: bytes, plain: bytes | memoryview) -> bytes | memoryview:
-    """Return the numbers of *plain*, or the steps from one to the next, with all first bytes before all second."""
+    """Return *plain* as it is compressed in *form*; `unpacked` undoes it. docs/store-format.md, "Keys"."""
     if form == _ZSTD:
         return plain
+    if form == _RECORDS:
+        return np.frombuffer(plain, np.uint8).reshape(-1, _RECORD).T.tobytes()
     words = np.frombuffer(plain, "<u8")
-    if form == _STEPS:
+    for _ in range({_STEPS: 1, _CURVES: _ORDER}.get(form, 0)):
         words = np.diff(words, prepend=words.dtype.type(0))
+    if form == _CURVES:
+        # They come with either sign: with that in the lowest bit, small ones have high bytes of zeros.
+        words = (words << np.uint64(1)) ^ -(words >> np.uint64(63))
     return words.view(np.uint8).reshape(-1, 8).T.tobytes()
 
 

@@ -14,11 +14,13 @@ import pytest
 from outlast.config import StoreConfig
 from outlast.model import CheckpointId, JobKey
 from outlast.store import Store, open_store, read_keyring
+from outlast.store._codec import unpacked
 from outlast.store._manifest import decode, pack_purpose
 from outlast.store._pages import PAGE
 
 GOLDEN = Path(__file__).parents[1] / "golden/store-v1"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
+FRAMES: dict[str, Any] = json.loads((GOLDEN.with_name("frames-v1") / "expected.json").read_text())
 JOB = JobKey("golden", "17")
 
 
@@ -87,7 +89,17 @@ def test_frames_of_version_1_are_packed_in_every_way_that_it_knows(tmp_path: Pat
             cipher = keyring.cipher(pack.key_id, pack.salt, pack_purpose(JOB, pack.name))
             forms.add(cipher.decrypt(frame.to_bytes(12, "little"), stored, None)[0])
 
-    assert forms == {0, 1, 2, 3}
+    alone = {(GOLDEN.with_name("frames-v1") / name).read_bytes()[0] for name in FRAMES}
+    assert forms | alone == {0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("name", sorted(FRAMES))
+def test_packed_text_of_version_1_comes_back(name: str) -> None:
+    stored = (GOLDEN.with_name("frames-v1") / name).read_bytes()
+
+    assert stored[0] == FRAMES[name]["form"]
+    plain = unpacked(stored, largest=1 << 18, what=name)
+    assert hashlib.sha256(plain).hexdigest() == FRAMES[name]["sha256"]
 
 
 def test_records_and_events_of_version_1_are_read(golden: Store) -> None:
