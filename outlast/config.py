@@ -68,6 +68,7 @@ class StoreConfig:
     timeout: float = 10.0  # seconds without an answer until the store counts as unreachable
     transport: str = "auto"  # what speaks SSH: "openssh" or "paramiko"; auto: OpenSSH if it is there
     bandwidth: str = ""  # bytes a second that uploads of one node may take, such as "100M"; "" is any number
+    uploads: int = 0  # jobs of all nodes that ship checkpoints to it at the same time; 0 for any number
     other: Mapping[str, OtherStore] = dataclasses.field(default_factory=dict)  # further stores, by name
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class StoreConfig:
             _parse_size(key, getattr(self, key) or "0")
         if self.bandwidth and _parse_size("bandwidth", self.bandwidth) < 1 << 16:
             raise ValueError(f'bandwidth = "{self.bandwidth}": must be 64K or more')
+        if not 0 <= self.uploads <= 100000:
+            raise ValueError(f"uploads = {self.uploads}: must be 0 to 100000")
         if self.local and not self.local.startswith("/"):
             raise ValueError(f'local = "{self.local}": must be a path from the root')
         for name in self.other:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from outlast.manager._cpu import features
 from outlast.manager._events import EventLog
 from outlast.manager._findings import Findings
 from outlast.manager._guard import is_frozen
-from outlast.manager._interval import Pace, UploadTurns, phase
+from outlast.manager._interval import Pace, phase
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
 from outlast.manager._pace import paced
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import declared, make_durable, save
 from outlast.manager._script import keep_script
+from outlast.manager._turns import NodeTurns, StoreTurns
 from outlast.model import Checkpoint, CheckpointId
 from outlast.store import Shipped, Store, open_store
 
@@ -35,7 +37,6 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 30.0
 _ENDING_SECONDS = 0.5
-_TURN_SECONDS = 0.25
 _LAST_UPLOAD_SECONDS = 600.0
 _LOOK_SECONDS = 0.5
 # How long whoever waits for a checkpoint waits for it: it is stored even if the link is slow.
@@ -70,7 +71,9 @@ class Checkpointer:
         self._events = events
         self._modes = Modes(config.checkpoint.mode, criu, events)
         self._pace = Pace(config.checkpoint, run, events)
-        self._turns = UploadTurns(run.directory.parent.with_name("uploads"), config.checkpoint.uploads)
+        self._node_turns = NodeTurns(run.directory.parent.with_name("uploads"), config.checkpoint.uploads)
+        self.store_turns = StoreTurns(run.job, run.node, run.uid, config.store.uploads)
+        self._store_turn = functools.partial(self.store_turns.taken, self._hurry)
         self.findings = Findings(run, events, say)
         self._wake = threading.Condition()
         self._asked = 0
@@ -148,7 +151,9 @@ class Checkpointer:
         try:
             # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with open_store(self._config.store, node=self._run.node, told=self._shipped) as store:
+            with open_store(
+                self._config.store, node=self._run.node, told=self._shipped, turn=self._store_turn
+            ) as store:
                 with contextlib.suppress(OutlastError):  # the next checkpoint is shipped all the same
                     store.resume(self._run.job, self._run.epoch)
                 while self._pause():
@@ -156,17 +161,13 @@ class Checkpointer:
                         # What stands still would be restored standing still. Its time comes when it goes on.
                         self._fail_while_frozen()
                         continue
-                    turn = self._await_upload_turn()
-                    try:
+                    with self._turn(store):
                         self._began = time.monotonic()
                         before = self.newest
                         self._checkpoint(
                             store, lock, self._began + (self._run.interval or _LONGEST_WAIT_SECONDS)
                         )
                         took = time.monotonic() - self._began
-                    finally:
-                        if turn is not None:
-                            os.close(turn)
                     self._run.seconds = max(took + store.shipping_seconds, self._run.seconds * _FADING)
                     if self.newest is not None and self.newest is not before:
                         self._pace.learn(store, self.newest.meta["pause_ms"] / 1000, took)
@@ -184,16 +185,19 @@ class Checkpointer:
                 self._stopped = True
                 self._wake.notify_all()
 
-    def _await_upload_turn(self) -> int | None:
-        """Wait until this node's other jobs leave room to ship a checkpoint; who was asked for one does not wait."""
-        while self._turns.limited and not self._urgent:
-            if (turn := self._turns.take()) is not None:
-                return turn
-            with self._wake:
-                if self._ended or self._asked != self._done:
-                    break
-                self._wake.wait(_TURN_SECONDS)
-        return None
+    @contextlib.contextmanager
+    def _turn(self, store: Store) -> Iterator[None]:
+        """Wait until others leave room to ship; what goes to this node's own directory has its turn after that."""
+        at_store = contextlib.nullcontext() if store.ships_later else self._store_turn()
+        with self._node_turns.taken(self._hurry), at_store:
+            yield
+
+    def _hurry(self, seconds: float) -> bool:
+        """Wait for *seconds* unless somebody waits for a checkpoint or the job has ended; tell if that is so."""
+        with self._wake:
+            return self._wake.wait_for(
+                lambda: self._urgent or self._ended or self._asked != self._done, seconds
+            )
 
     def _fail_while_frozen(self) -> None:
         self.last_error = "the job stands still, since its lease could not be renewed"

@@ -430,6 +430,8 @@ class Manager:
                         # The watcher is to look into how the run ended, which the events tell.
                         store.renew_lease(self._lease(run).ended())
                     store.drop_lease(self._lease(run))
+                if self._checkpointer is not None:
+                    self._checkpointer.store_turns.leave(store)
                 self._events.flush(store)
         except OutlastError as error:
             log.warning("the job's end is not in the store: %s", error)
@@ -465,6 +467,8 @@ class Manager:
             if self._holding.is_disowned():
                 raise LeaseLost(f"the scheduler has run {run.epoch} of the job go on here no more")
             self._holding.extend(start)
+        if self._checkpointer is not None:
+            self._checkpointer.store_turns.step(store)
         if not self._launcher.settled or run.capsule is None:
             return
         # While the job's pages follow, requests stay where they are.

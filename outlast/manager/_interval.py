@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from outlast.config import CheckpointConfig
@@ -119,33 +116,3 @@ class Pace:
             self._mtbf = site_mtbf(events, self._config.node_mtbf, time.time())
         except (OutlastError, KeyError, TypeError, ValueError):
             return  # what was known before is good enough
-
-
-class UploadTurns:
-    """How many jobs of this node ship checkpoints at the same time: each takes one of so many locks."""
-
-    def __init__(self, directory: Path, most: int) -> None:
-        """*most*: 0 for any number."""
-        self._directory = directory
-        self._most = most
-
-    def take(self) -> int | None:
-        """Return a file descriptor to be closed afterwards, or None if none is free now.
-
-        Whatever becomes of its holder, a lock does not outlive it.
-        """
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for number in range(self._most):
-            fd = os.open(self._directory / str(number), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-            else:
-                return fd
-        return None
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is a limit at all."""
-        return self._most > 0

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -48,13 +49,18 @@ _FORMS = "write sftp://USER@HOST/DIR, sftp://USER@HOST:PORT/DIR or file:///DIR"
 
 
 def open_store(
-    config: StoreConfig, *, node: str = "", told: Callable[[Shipped], None] = lambda _: None
+    config: StoreConfig,
+    *,
+    node: str = "",
+    told: Callable[[Shipped], None] = lambda _: None,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Store:
     """Return the store at *config*'s url. It connects when it is first used; use it as a context manager.
 
     Args:
         node: the name of this node, for whom its own directory, *config*'s local, goes with the store.
         told: hears, in another thread, what came of each checkpoint that was to be shipped from there.
+        turn: held, in that thread, while one is shipped.
 
     Raises:
         ConfigError: the url is no such thing, or the key or the known hosts cannot be read.
@@ -65,7 +71,7 @@ def open_store(
         others[name] = (_backend(other), _quota(other))
     tier = None
     if node and config.local and _is_fit(Path(config.local)):
-        tier = Tier(Path(config.local), node, lambda: open_store(config), told)
+        tier = Tier(Path(config.local), node, lambda: open_store(config), told, turn)
     return Store(_backend(config), _keyring(config), _quota(config), others=others, tier=tier)
 
 

@@ -168,6 +168,11 @@ class Store(Journal):
                     self._tier.shipper.ship(job, one)
 
     @property
+    def ships_later(self) -> bool:
+        """Whether a checkpoint is on this node when `publish` returns, and is shipped after that."""
+        return self._tier is not None
+
+    @property
     def shipping_seconds(self) -> float:
         """How long the last checkpoint took from this node's tier to the store; 0 where there is no tier."""
         return 0.0 if self._tier is None else self._tier.shipper.seconds

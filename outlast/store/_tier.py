@@ -109,13 +109,22 @@ class Shipper:
     """
 
     def __init__(
-        self, directory: Path, node: str, connect: Callable[[], Store], told: Callable[[Shipped], None]
+        self,
+        directory: Path,
+        node: str,
+        connect: Callable[[], Store],
+        told: Callable[[Shipped], None],
+        turn: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """*connect* opens the store behind, for this thread; *told* hears, in it, what came of each one."""
+        """*connect* opens the store behind, for this thread; *told* hears, in it, what came of each one.
+
+        *turn* is held while one is shipped.
+        """
         self._local = LocalBackend(directory)
         self._node = node
         self._connect = connect
         self._told = told
+        self._turn = turn
         self._change = threading.Condition()
         self._wanted: tuple[JobKey, Checkpoint] | None = None
         self._done: tuple[JobKey, CheckpointId] | None = None
@@ -160,7 +169,8 @@ class Shipper:
                 job, checkpoint = turn
                 begin = time.monotonic()
                 try:
-                    self._ship(store, job, checkpoint)
+                    with self._turn():
+                        self._ship(store, job, checkpoint)
                 except FileNotFoundError:
                     continue  # overtaken, and forgotten here
                 except OutlastError as error:
@@ -256,12 +266,17 @@ class Tier:
     """What `Store` does otherwise where this node has a directory of its own for checkpoints."""
 
     def __init__(
-        self, directory: Path, node: str, connect: Callable[[], Store], told: Callable[[Shipped], None]
+        self,
+        directory: Path,
+        node: str,
+        connect: Callable[[], Store],
+        told: Callable[[Shipped], None],
+        turn: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """See `Shipper`."""
         self.node = node
         self.local = LocalBackend(directory)
-        self.shipper = Shipper(directory, node, connect, told)
+        self.shipper = Shipper(directory, node, connect, told, turn)
         self._directory = directory
         self._tidied = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from outlast.config import CheckpointConfig, StoreConfig
 from outlast.errors import UsageError
 from outlast.manager._events import EventLog
-from outlast.manager._interval import Pace, UploadTurns, best_interval, phase, site_mtbf
+from outlast.manager._interval import Pace, best_interval, phase, site_mtbf
 from outlast.manager._run import Run
 from outlast.model import SITE, CheckpointId, JobKey, parse_pace
 from outlast.store import Store, open_store
@@ -123,20 +122,6 @@ def test_an_interval_that_the_owner_chose_is_left_alone(store: Store, tmp_path: 
     pace.learn(store, 10.0, 100.0)
 
     assert run.interval == 60
-
-
-def test_no_more_jobs_of_a_node_than_may_ship_at_the_same_time(tmp_path: Path) -> None:
-    turns = [UploadTurns(tmp_path / "uploads", 2) for _ in range(3)]
-    first, second = turns[0].take(), turns[1].take()
-    assert first is not None
-    assert second is not None
-    assert turns[2].take() is None
-    os.close(first)
-    third = turns[2].take()
-
-    assert third is not None
-    os.close(second)
-    os.close(third)
 
 
 @pytest.mark.parametrize("text", ["Auto", "auto ", "", "5"])
