@@ -20,25 +20,20 @@ class Line:
     host: str
 
 
-def lines(job: Job) -> list[Line]:
-    """What the job's output holds now."""
+def lines(job: Job, name: str = "out") -> list[Line]:
+    """What the job's output holds now, or another file beside it."""
     found = []
-    for text in job.path().read_text(errors="replace").splitlines():
+    for text in job.path(name).read_text(errors="replace").splitlines():
         words = text.split()
         if len(words) == 3 and words[0].isdecimal():
             found.append(Line(int(words[0]), float(words[1]), words[2]))
     return found
 
 
-def lost_lines(job: Job) -> list[Line]:
+def lost_lines(job: Job, name: str = "out") -> list[Line]:
     """What was cut off when the job went back to a checkpoint."""
-    found = []
-    for path in job.path().parent.glob("out.outlast-lost.*"):
-        for text in path.read_text(errors="replace").splitlines():
-            words = text.split()
-            if len(words) == 3 and words[0].isdecimal():
-                found.append(Line(int(words[0]), float(words[1]), words[2]))
-    return found
+    paths = sorted(job.path().parent.glob(f"{name}.outlast-lost.*"))
+    return [line for path in paths for line in lines(job, path.name)]
 
 
 def start(cluster: Cluster, *options: str, interval: str = "2s") -> Job:

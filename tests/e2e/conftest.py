@@ -22,20 +22,18 @@ class Kills:
     seconds: list[float] = field(default_factory=list)  # from the kill until the job runs again
 
 
-KILLS_DONE = pytest.StashKey[Kills]()
+KILLS_DONE = pytest.StashKey[dict[str, Kills]]()  # by what they are called in the summary
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the figures, and how to have the same moments again."""
-    kills = config.stash.get(KILLS_DONE, None)
-    if kills is None:
-        return
-    terminalreporter.section("kills at random moments")
-    terminalreporter.line(f"OUTLAST_E2E_SEED={kills.seed}")
-    for moment, count in Counter(kills.moments).most_common():
-        terminalreporter.line(f"{count:3d}  {moment}")
-    if kills.seconds:
-        terminalreporter.line(
-            f"seconds from the kill to running again: median {statistics.median(kills.seconds):.1f}, "
-            f"least {min(kills.seconds):.1f}, most {max(kills.seconds):.1f}"
-        )
+    for name, kills in config.stash.get(KILLS_DONE, {}).items():
+        terminalreporter.section(name)
+        terminalreporter.line(f"OUTLAST_E2E_SEED={kills.seed}")
+        for moment, count in Counter(kills.moments).most_common():
+            terminalreporter.line(f"{count:3d}  {moment}")
+        if kills.seconds:
+            terminalreporter.line(
+                f"seconds from the kill to running again: median {statistics.median(kills.seconds):.1f}, "
+                f"least {min(kills.seconds):.1f}, most {max(kills.seconds):.1f}"
+            )

@@ -37,7 +37,8 @@ def right(module_cluster: Cluster) -> dict[str, list[str]]:
 @pytest.fixture(scope="session")
 def kills(request: pytest.FixtureRequest) -> Kills:
     """The kills so far; their figures are printed at the end."""
-    return request.config.stash.setdefault(KILLS_DONE, Kills(SEED))
+    done = request.config.stash.setdefault(KILLS_DONE, {})
+    return done.setdefault("kills at random moments", Kills(SEED))
 
 
 def start(cluster: Cluster, name: str, *options: str, interval: int = INTERVAL) -> Job:
