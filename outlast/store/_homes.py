@@ -11,9 +11,10 @@ from outlast.model import JobKey
 from outlast.store._backend import Backend
 from outlast.store._checkpoints import Checkpoints
 from outlast.store._format import Marked
+from outlast.store._front import TieredBackend
 from outlast.store._keys import Keyring
 from outlast.store._quota import Quota
-from outlast.store._tier import Tier, TieredBackend
+from outlast.store._tier import Tier
 from outlast.store._upkeep import Upkeep
 
 
@@ -26,6 +27,7 @@ class Home:
     checkpoints: Checkpoints
     behind: Checkpoints
     upkeep: Upkeep
+    front: TieredBackend | None = None  # through which *checkpoints* goes, where this node has a tier
 
 
 class Homes:
@@ -65,6 +67,8 @@ class Homes:
     def _at(self, name: str, backend: Backend, quota: Quota) -> Home:
         marked = cast(Backend, Marked(backend))
         behind = here = Checkpoints(marked, self._keyring, quota)
+        front = None
         if self._tier is not None:
-            here = Checkpoints(cast(Backend, TieredBackend(self._tier.local, marked)), self._keyring, quota)
-        return Home(name, marked, here, behind, Upkeep(marked))
+            front = TieredBackend(self._tier.local, marked)
+            here = Checkpoints(cast(Backend, front), self._keyring, quota)
+        return Home(name, marked, here, behind, Upkeep(marked), front)

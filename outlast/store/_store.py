@@ -236,17 +236,14 @@ class Store(Journal):
         if keep < 1:
             raise UsageError(f"keep = {keep}: the newest checkpoint is always kept")
 
-        def kept(found: Sequence[Checkpoint]) -> Iterator[CheckpointId]:
+        def chosen(found: Sequence[Checkpoint]) -> Iterator[CheckpointId]:
             yield from (checkpoint.id for checkpoint in found[:keep])
-            yield from self.pins(job)
             yield from also(found)
 
         home = self.home(job)
-        gone = home.behind.forget(job, kept)
         if self._tier is not None:
-            shipping = self._tier.shipper.shipping
-            gone += home.checkpoints.forget(job, lambda found: {*kept(found), *filter(None, [shipping])})
-        return gone
+            return self._tier.forget(home, job, keep, chosen, lambda: self.pins(job))
+        return home.checkpoints.forget(job, lambda found: {*chosen(found), *self.pins(job)})
 
     def leave_node(self, job: JobKey) -> None:
         """Remove what this node's tier has of *job*, whose work is done."""

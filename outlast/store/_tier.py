@@ -12,13 +12,12 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.errors import CorruptCheckpoint, OutlastError, StoreRefused, StoreUnavailable, UsageError
 from outlast.model import Checkpoint, CheckpointId, JobKey
-from outlast.store._backend import Backend, Entry
 from outlast.store._local import LocalBackend
 from outlast.store._manifest import decode_header
 from outlast.store._reader import pack_path
@@ -36,60 +35,6 @@ _LEFT_BEHIND_SECONDS = (
     2 * 86400.0
 )  # a job of which nothing changed here for so long went on elsewhere, or ended
 RECORD = "local"  # the record in which the node tells of what it has
-
-
-class TieredBackend:
-    """See `Backend`: files are made and removed here, and read here or else in the store behind.
-
-    Only for checkpoints: what else a store has is not in a node's directory.
-    """
-
-    mtime_step = 1.0
-
-    def __init__(self, local: LocalBackend, behind: Backend) -> None:
-        self._local = local
-        self._behind = behind
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._behind, name)
-
-    def create(self, name: str, chunks: Iterable[bytes]) -> int:
-        """See `Backend.create`. What is of no checkpoint, such as the note of a quota, is for everybody."""
-        return (self._local if name.startswith("jobs/") else self._behind).create(name, chunks)
-
-    def remove(self, name: str) -> bool:
-        """See `Backend.remove`."""
-        return (self._local if name.startswith("jobs/") else self._behind).remove(name)
-
-    def read(self, name: str) -> bytes:
-        """See `Backend.read`."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._local.read(name)
-        return self._behind.read(name)
-
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """See `Backend.read_ranges`."""
-        yield from self._place(name).read_ranges(name, ranges)
-
-    def read_each(self, wanted: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
-        """See `Backend.read_each`."""
-        here = [self._local.entry(name) is not None for name, _, _ in wanted]
-        far = self._behind.read_each([one for one, mine in zip(wanted, here, strict=True) if not mine])
-        for one, mine in zip(wanted, here, strict=True):
-            yield from self._local.read_each([one]) if mine else [next(far)]
-
-    def entry(self, name: str) -> Entry | None:
-        """See `Backend.entry`."""
-        return self._local.entry(name) or self._behind.entry(name)
-
-    def list(self, directory: str) -> list[Entry]:
-        """See `Backend.list`."""
-        found = {entry.name: entry for entry in self._behind.list(directory)}
-        found |= {entry.name: entry for entry in self._local.list(directory)}
-        return sorted(found.values(), key=lambda entry: entry.name)
-
-    def _place(self, name: str) -> Backend:
-        return self._local if self._local.entry(name) is not None else self._behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +77,8 @@ class Shipper:
         self._thread: threading.Thread | None = None
         self.shipping: CheckpointId | None = None  # which must stay here meanwhile
         self.seconds = 0.0  # that the last one took
+        self.unanswered = False  # whether the store did not answer when it was last asked
+        self.keep = 0  # how many checkpoints of the job are to be left in the store; 0: it is not known yet
 
     def ship(self, job: JobKey, checkpoint: Checkpoint) -> None:
         """Have *checkpoint*, which is here, shipped; the one that waited until now is left out."""
@@ -174,6 +121,7 @@ class Shipper:
                 except FileNotFoundError:
                     continue  # overtaken, and forgotten here
                 except OutlastError as error:
+                    self.unanswered = isinstance(error, StoreUnavailable)
                     self._told(Shipped(job, checkpoint.id, time.monotonic() - begin, error))
                     with self._change:
                         self._change.wait_for(lambda: self._closed, wait)
@@ -182,11 +130,13 @@ class Shipper:
                 finally:
                     self.shipping = None
                 wait = _FIRST_RETRY_SECONDS
+                self.unanswered = False
                 self.seconds = time.monotonic() - begin
                 with self._change:
                     self._done = (job, checkpoint.id)
                     self._change.notify_all()
                 self._told(Shipped(job, checkpoint.id, self.seconds))
+                self._forget(store, job)
 
     def _next(self) -> tuple[JobKey, Checkpoint] | None:
         with self._change:
@@ -225,6 +175,14 @@ class Shipper:
                     f"{job}: another checkpoint {id.name(job.job_id)} is in the store",
                     hint="two runs of the job use the same epoch; look at its events",
                 ) from None
+
+    def _forget(self, store: Store, job: JobKey) -> None:
+        """Have the store keep as many checkpoints as before this one came."""
+        try:
+            if self.keep:
+                store.forget(job, self.keep)
+        except OutlastError as error:
+            _log.warning("old checkpoints stay for now: %s", error)
 
     def _announced(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
@@ -279,6 +237,7 @@ class Tier:
         self.shipper = Shipper(directory, node, connect, told, turn)
         self._directory = directory
         self._tidied = False
+        self._unanswered = False
 
     def publish(
         self,
@@ -289,12 +248,20 @@ class Tier:
         meta: Mapping[str, Any],
         memories: Sequence[Memory],
     ) -> Checkpoint:
-        """Have the checkpoint on this node, to be shipped; or in the store at once where there is no room here."""
+        """Have the checkpoint on this node, to be shipped; or in the store at once where there is no room here.
+
+        The store is asked for what this node does not know, such as the packs that the first checkpoint of a run
+        can refer to. Where it does not answer, that is StoreUnavailable once, and the next try does without.
+        """
         if not self._tidied:
             self._tidied = True
             self._clear(job)
         try:
-            done = home.checkpoints.publish(job, id, source, meta, memories)
+            with self._alone(home):
+                done = home.checkpoints.publish(job, id, source, meta, memories)
+        except StoreUnavailable:
+            self._unanswered = True
+            raise
         except StoreRefused as error:
             _log.warning("not kept on this node: %s", error)
             home.behind.forget_writer(job)
@@ -304,8 +271,46 @@ class Tier:
             )
             self.shipper.is_there(job, id)
             return done
+        self._unanswered = False
         self.shipper.ship(job, done)
         return dataclasses.replace(done, durable=False, where=(self.node,))
+
+    def forget(
+        self,
+        home: Home,
+        job: JobKey,
+        keep: int,
+        chosen: Callable[[Sequence[Checkpoint]], Iterable[CheckpointId]],
+        pinned: Callable[[], Iterable[CheckpointId]],
+    ) -> int:
+        """See `Store.forget`: in both places, and in the store once more when what is under way has come there.
+
+        Where the store does not answer, here alone; pinned checkpoints are in the store.
+        """
+        self.shipper.keep = keep
+        gone, missed, pins = 0, None, frozenset[CheckpointId]()
+        if not self.shipper.unanswered:
+            try:
+                pins = frozenset(pinned())
+                gone = home.behind.forget(job, lambda found: {*chosen(found), *pins})
+            except StoreUnavailable as error:
+                missed = error
+        alone = missed is not None or self.shipper.unanswered
+        shipping = self.shipper.shipping
+        with self._alone(home, alone):
+            gone += home.checkpoints.forget(
+                job, lambda found: {*chosen(found), *pins, *filter(None, [shipping])}
+            )
+        if missed is not None:
+            raise missed
+        return gone
+
+    @contextlib.contextmanager
+    def _alone(self, home: Home, alone: bool | None = None) -> Iterator[None]:
+        if alone is None:
+            alone = self._unanswered or self.shipper.unanswered
+        with home.front.alone() if alone and home.front is not None else contextlib.nullcontext():
+            yield
 
     def found(self, home: Home, job: JobKey) -> list[Checkpoint]:
         """Return the complete checkpoints of *job*, of this node and of the store, newest first."""
