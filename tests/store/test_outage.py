@@ -140,6 +140,7 @@ def test_server_that_is_away_or_silent_holds_no_checkpoint_up(
         else:
             own_server.start()
         assert store.await_durable(job, FOURTH, SECONDS)
+        until(lambda: len(manifests(top)) <= 2)
     with open_store(config) as elsewhere:
         assert elsewhere.checkpoints(job)[0].id == FOURTH
         for one in elsewhere.checkpoints(job):
@@ -215,7 +216,7 @@ def test_run_that_was_cut_off_changes_nothing_of_the_one_after_it(
 ) -> None:
     here.publish(job, FIRST, small, {}, [memory])
     assert here.await_durable(job, FIRST, SECONDS)
-    here.forget(job, 1)
+    here.forget(job, 2)
     behind.answers = False
     memory.change(range(0, 370, 3), seed=2)
     here.publish(job, SECOND, small, {}, [memory])
