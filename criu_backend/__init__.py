@@ -7,7 +7,7 @@ from criu_backend._criu import Criu
 from criu_backend._explain import INCOMPLETE, Finding, explain, way_out
 from criu_backend._images import opened_files, pycriu_version, warm_up
 from criu_backend._memory import Memory, put_back
-from criu_backend._postcopy import PageServer, write_eager_pages
+from criu_backend._postcopy import PageServer, first_wanted, write_eager_pages
 from criu_backend._result import DumpResult
 from criu_backend._said import CriuError, error_from_log
 from criu_backend._selftest import SelfTest, best_mode, known_self_test, self_test
@@ -27,6 +27,7 @@ __all__ = [
     "best_mode",
     "error_from_log",
     "explain",
+    "first_wanted",
     "known_self_test",
     "opened_files",
     "put_back",

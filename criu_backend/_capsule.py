@@ -120,7 +120,7 @@ def start_capsule(
         CapsuleError: the capsule could not be made; nothing of the job has run. A command that cannot be
             executed is no such error: the job then ends with 126 or 127, as under a shell.
     """
-    program = [str(len(argv)), *argv, *(f"{key}={value}" for key, value in environment.items())]
+    program = _program(argv, environment)
     options = [] if compat_filter else ["--no-filter"]
     return _make("start", context, program, state, options, helper)
 
@@ -128,13 +128,14 @@ def start_capsule(
 def restore_capsule(
     context: Context,
     command: Sequence[str],
+    environment: Mapping[str, str],
     state: Path,
     *,
     last_pid: int,
     pager: tuple[Sequence[str], int] | None = None,
     helper: Path = HELPER,
 ) -> Capsule:
-    """Make a capsule as `start_capsule` does and run *command*, a `criu restore`, as root in it.
+    """Make a capsule as `start_capsule` does and run *command*, a `criu restore`, as root in it, in *environment*.
 
     Args:
         command: must write the PID of the tree's root to `restored.pid` in *state*. The descriptors 10, 11
@@ -147,14 +148,14 @@ def restore_capsule(
         CapsuleError: the capsule could not be made, or *command* failed; nothing is left running.
     """
     (state / "restored.pid").unlink(missing_ok=True)
-    program = [str(len(command)), *command]
+    program = _program(command, environment)
     options = ["--last-pid", str(last_pid)]
     if pager is None:
         return _make("restore", context, program, state, options, helper)
     argv, pages = pager
     pager_fd = os.memfd_create("pager")
     try:
-        _write_program(pager_fd, [str(len(argv)), *argv])
+        _write_program(pager_fd, _program(argv, clean_environment()))
         fds = {"pager": pager_fd, "pages": pages}
         return _make("restore", context, program, state, options, helper, fds)
     finally:
@@ -169,6 +170,10 @@ def enter_command(capsule: Capsule, command: Sequence[str], helper: Path = HELPE
 def clean_environment(**extra: str) -> dict[str, str]:
     """Return the environment for programs that run as root: nothing of the job's or the caller's is in it."""
     return {**_CLEAN_ENVIRONMENT, **extra}
+
+
+def _program(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    return [str(len(argv)), *argv, *(f"{key}={value}" for key, value in environment.items())]
 
 
 def _write_program(fd: int, strings: Sequence[str]) -> None:

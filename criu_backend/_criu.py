@@ -38,6 +38,14 @@ from criu_backend._twins import end_twins
 # Loaded into CRIU when it restores: native/reaper.c.
 REAPER_LIBRARY = Path("/usr/libexec/outlast/outlast-reaper.so")
 
+# To know when a task has left its code, CRIU sets a breakpoint of the processor's, unless it is told that there are
+# none; then it follows the few system calls that are left. The kernel takes 15 ms to switch on the first breakpoint
+# of a machine. Source: criu 4.2, criu/include/fault-injection.h, FI_NO_BREAKPOINTS.
+_NO_BREAKPOINTS = {"CRIU_FAULT": "130"}
+
+# Where CRIU keeps what it found out about the kernel until the next boot. Source: criu 4.2, criu/kerndat.c.
+_KERNEL_KNOWN = Path("/run/criu.kdat")
+
 _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
 # A signal that comes in the wrong moment breaks a dump off; so often it is begun again at once.
@@ -94,6 +102,13 @@ class Criu:
                 f"criu {version} is too old", log=Path(os.devnull), hint="install criu 4.2 or later"
             )
         return version
+
+    def warm_up(self) -> None:
+        """Have CRIU find out once what this kernel can, while nobody waits for it. Raises as `version` does."""
+        self.version()
+        if not _KERNEL_KNOWN.exists():
+            with contextlib.suppress(CriuError, OSError, subprocess.TimeoutExpired):
+                self.check()
 
     def check(self) -> None:
         """Ask CRIU whether it works on this kernel. Raises CriuError with its own words if not."""
@@ -275,13 +290,10 @@ class Criu:
             rearm_timers(images)
             free_ports(images)
             loaded = {"LD_PRELOAD": os.fspath(REAPER_LIBRARY), "OUTLAST_ROOT": str(root_pid(images))}
+            environment = as_owner(clean_environment(**loaded, **_NO_BREAKPOINTS), context.pid)
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
-        command = [
-            "/usr/bin/env",
-            *(f"{key}={value}" for key, value in as_owner(loaded, context.pid).items()),
-        ]
-        command += [self._program, "restore", "--images-dir", os.fspath(images)]
+        command = [self._program, "restore", "--images-dir", os.fspath(images)]
         command += ["--log-file", log.name, "-v2", "--pidfile", os.fspath(state / "restored.pid")]
         command += ["--restore-detached", "--network-lock=nftables", *_common_options(tcp)]
         for fd, what in inherit:
@@ -297,7 +309,9 @@ class Criu:
         try:
             # Far from the tree's own, and from what those of its processes that are gone were called.
             last = last_pid + 10000
-            return restore_capsule(context, command, state, last_pid=last, pager=pager, helper=self._helper)
+            return restore_capsule(
+                context, command, environment, state, last_pid=last, pager=pager, helper=self._helper
+            )
         except CapsuleError as error:
             if log.exists():
                 raise error_from_log("restore", log) from error

@@ -11,11 +11,12 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from criu_backend._memory import RunIndex, space_of
-from criu_backend._pagemap import LAZY, PAGE, PRESENT, read_pagemap
+from criu_backend._memory import Run, RunIndex, space_of
+from criu_backend._pagemap import LAZY, PAGE, PRESENT, read_pagemap, write_pagemap
 
 # Command, pages, virtual address, number of the address space; CRIU 4.2 has made the second one wider.
 _REQUEST = struct.Struct("<I4xQQQ")
@@ -23,11 +24,14 @@ _OLD_REQUEST = struct.Struct("<IIQQ")
 _GET, _ADD, _FLUSH, _CLOSE = 7, 6, 0x1023, 0x1024
 _DONE = struct.pack("<i", 0)
 _MOST_PAGES = 256  # in one answer: 1 MiB
+# Of what could follow, so much is restored at once, and no run of pages that is longer than the second.
+_EAGER_PAGES = 1024
+_SMALL_PAGES = 256
 
 # Reads whole pages of an address space from a virtual address on, all in one run of the image.
 Read = Callable[[int, int, int], bytes]
 # For each pages file: (space, vaddr, pages) in its order.
-Runs = Mapping[str, Sequence[tuple[int, int, int]]]
+Runs = Mapping[str, Sequence[Run]]
 
 
 class PageServer:
@@ -102,23 +106,38 @@ def write_eager_pages(
     images: Path,
     runs: Runs,
     read: Read,
-    announce: Callable[[Sequence[tuple[int, int, int]]], object] = lambda _: None,
+    announce: Callable[[Sequence[Run]], object] = lambda _: None,
 ) -> int:
     """Make the pages files of *runs* in *images*, holes but for the pages that CRIU restores at once.
 
-    *announce* is called first, with all that *read* is about to be asked for (space, vaddr, pages): fetched
-    together, it takes one round trip. Returns how many pages those are. Raises what *read* raises.
+    Those are what cannot follow, and what any job needs first: see `first_wanted`. The page maps are changed to
+    say so. *announce* is called first, with all that *read* is about to be asked for (space, vaddr, pages):
+    fetched together, it takes one round trip. Returns how many pages those are. Raises what *read* raises.
     """
-    wanted: list[tuple[str, int, int, int]] = []
     for name, some in runs.items():
         with (images / name).open("xb") as file:
             file.truncate(sum(pages for _, _, pages in some) * PAGE)
     indices = {name: RunIndex(some) for name, some in runs.items()}
-    for image in images.glob("pagemap-*.img"):
-        space = space_of(image)
-        pagemap = read_pagemap(image)
-        name = f"pages-{pagemap.pages_id}.img"
-        for entry in pagemap.entries:
+    maps = {image: read_pagemap(image) for image in images.glob("pagemap-*.img")}
+    soon = first_wanted(
+        [
+            (space_of(image), entry.vaddr, entry.pages)
+            for image, pagemap in maps.items()
+            for entry in pagemap.entries
+            if entry.flags & PRESENT and entry.flags & LAZY
+        ],
+        _EAGER_PAGES,
+    )
+    wanted: list[tuple[str, int, int, int]] = []
+    for image, pagemap in maps.items():
+        space, name = space_of(image), f"pages-{pagemap.pages_id}.img"
+        entries = [
+            replace(entry, flags=entry.flags & ~LAZY) if (space, entry.vaddr, entry.pages) in soon else entry
+            for entry in pagemap.entries
+        ]
+        if entries != list(pagemap.entries):
+            write_pagemap(image, pagemap, entries)
+        for entry in entries:
             if not entry.flags & PRESENT or entry.flags & LAZY:
                 continue
             for first in range(0, entry.pages, _MOST_PAGES):
@@ -131,3 +150,18 @@ def write_eager_pages(
             files[name].seek(indices[name].offset(space, vaddr, pages * PAGE))
             files[name].write(read(space, vaddr, pages))
     return sum(pages for _, _, _, pages in wanted)
+
+
+def first_wanted(runs: Iterable[Run], limit: int) -> set[Run]:
+    """Return the smallest of *runs*, *limit* pages of them: stacks, libraries' data, thread-local storage, heaps.
+
+    Any job soon touches those, and a page that is asked for when it is touched costs as much as a hundred that come
+    together.
+    """
+    found: set[Run] = set()
+    for run in sorted(runs, key=lambda run: run[2]):
+        if run[2] > min(limit, _SMALL_PAGES):
+            break
+        limit -= run[2]
+        found.add(run)
+    return found

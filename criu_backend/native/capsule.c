@@ -23,8 +23,7 @@
  * report is one end of a stream socket pair and takes lines: "init PID", upon which it must be answered with a
  * byte before anything of the job runs, then "ready NSPID", or "error TEXT"; state is a directory, in which
  * "exit" (the wait status) is written when the job has ended, and "asked-to-end" before the job is sent SIGTERM
- * or SIGINT; program is a file of NUL-terminated strings: the count of arguments, the arguments, the environment
- * ("start" only).
+ * or SIGINT; program is a file of NUL-terminated strings: the count of arguments, the arguments, the environment.
  *
  * CRIU runs inside the two namespaces (PID and mount), so its images hold neither, and the PIDs that it
  * restores cannot be taken. Native code, since PID 1 should cost a job neither an interpreter's memory nor
@@ -286,6 +285,7 @@ static void start_pager(const struct options *options)
 		close_range(3, PAGES_FD - 1, 0);
 		close_range(READY_FD + 1, ~0U, 0);
 		reset_signals();
+		environ = program.environment;
 		execvp(program.arguments[0], program.arguments);
 		_exit(NOT_FOUND);
 	}
@@ -317,6 +317,7 @@ static pid_t run_restore(const struct options *options, const struct program *pr
 		close_range(3, INHERITED_STDIO - 1, 0);
 		close_range(INHERITED_STDIO + 3, ~0U, 0);
 		reset_signals();
+		environ = program->environment;
 		execvp(program->arguments[0], program->arguments);
 		_exit(NOT_FOUND);
 	}

@@ -125,7 +125,7 @@ class Manager:
             control_listener = control.listen(directory / "manager.sock")
             self._point_link_at(directory)
             if inherited is None:
-                self._launcher.connect(self._job)
+                self._launcher.connect(self._job, directory / "spool")
             threading.Thread(target=self._serve_shims, args=(shim_listener,), daemon=True).start()
             handle = audit.audited(self._handle, _LOOKS)
             threading.Thread(target=control.serve, args=(control_listener, handle), daemon=True).start()

@@ -76,14 +76,22 @@ class Launcher:
         self._lock = threading.Lock()
         self._ahead: Ahead | None = None
 
-    def connect(self, job: JobKey) -> None:
-        """Begin to connect to the store, before anybody waits for what it has of *job*."""
+    def connect(self, job: JobKey, spool: Path) -> None:
+        """Begin to connect to the store, before anybody waits for what it has of *job*; some is fetched into *spool*.
+
+        Where the job has run before, it is likely to go on from its newest checkpoint. When it may go on, it is
+        looked into the store once more, and what was fetched of another checkpoint is thrown away.
+        """
 
         def touch(store: Store) -> None:
-            if store.get_record(job, "start") is not None:
-                # The job has run before, and is likely to go on from a checkpoint.
-                self._pager.connect(job)
-                warm_up()
+            if store.get_record(job, "start") is None:
+                return
+            self._pager.connect(job)
+            warm_up()
+            with contextlib.suppress(CriuError):
+                self._criu.warm_up()
+            for checkpoint in _wanted(store.checkpoints(job), store.get_record(job, "restart"))[:1]:
+                self._restorer.prepare(job, store, checkpoint, spool)
 
         self._ahead = Ahead(self._config.store, touch)
 
@@ -117,6 +125,7 @@ class Launcher:
         try:
             return self.when_store_answers(shim, lambda: self._go_on(run, shim, store))
         finally:
+            self._restorer.discard()
             store.close()
 
     @property
@@ -272,22 +281,26 @@ class Launcher:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
         # Without it a job that could go on elsewhere would look like one that has nothing to go on from.
         store.require_key()
-        for request in store.take_requests(run.job):
-            # What else was asked for was asked of the run before.
-            if request.get("op") == "restart":
-                remember_choice(store, run.job, request, run.epoch)
-        ended = store.get_record(run.job, "ended")
-        # One that ended well because it was asked to (requeued, preempted) has not done its work yet.
-        if ended is not None and ended.get("status") == 0 and not ended.get("asked"):
-            # It had done its work; whoever runs it again wants all of it again. Its output too: the node may
-            # have died before the scheduler heard of the end.
-            if (start := store.get_record(run.job, "start")) is not None:
-                self._set_back_to(start, run, shim)
-            return self._begin(run, shim)
-        store.require_home(run.job)
-        # What only this node has of a run before the last one is of a branch that others may have left.
-        found = [one for one in store.checkpoints(run.job) if one.durable or one.id.epoch >= run.epoch - 1]
-        checkpoints = _wanted(found, store.get_record(run.job, "restart"))
+        with store.foreseeing(run.job, "start", "ended", "restart"):
+            for request in store.take_requests(run.job):
+                # What else was asked for was asked of the run before.
+                if request.get("op") == "restart":
+                    remember_choice(store, run.job, request, run.epoch)
+            ended = store.get_record(run.job, "ended")
+            # One that ended well because it was asked to (requeued, preempted) has not done its work yet.
+            if ended is not None and ended.get("status") == 0 and not ended.get("asked"):
+                # It had done its work; whoever runs it again wants all of it again. Its output too: the node may
+                # have died before the scheduler heard of the end.
+                if (start := store.get_record(run.job, "start")) is not None:
+                    self._set_back_to(start, run, shim)
+                return self._begin(run, shim)
+            store.require_home(run.job)
+            chosen = store.get_record(run.job, "restart")
+            # What only this node has of a run before the last one is of a branch that others may have left.
+            found = [
+                one for one in store.checkpoints(run.job) if one.durable or one.id.epoch >= run.epoch - 1
+            ]
+        checkpoints = _wanted(found, chosen)
         unfit: UnfitNode | None = None
         for checkpoint in checkpoints:
             try:

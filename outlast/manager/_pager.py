@@ -17,11 +17,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from criu_backend import Capsule, PageServer
+from criu_backend import Capsule, PageServer, first_wanted
 from outlast.config import Config
 from outlast.errors import CorruptCheckpoint, OutlastError, StoreUnavailable
 from outlast.model import CheckpointId, JobKey
@@ -29,13 +29,10 @@ from outlast.store import Store, open_store, this_node
 
 log = logging.getLogger(__name__)
 
-Run = tuple[int, int, int]  # space, virtual address, pages
-
 _RETRY_SECONDS = 0.5
 _TELL_SECONDS = 0.1
 _OPEN_SECONDS = 3600.0
 _LONGEST = 65536
-_SMALL_PAGES = 256
 _FIRST_PAGES = 4096
 _GONE = "the page server ended"
 _PR_SET_NAME = 15
@@ -70,6 +67,10 @@ class Pager:
     def connect(self, job: JobKey) -> None:
         """Have it connect to the store, of which *job* will need something."""
         self._ask({"op": "connect", "job": [job.cluster, job.job_id]})
+
+    def prepare(self, job: JobKey, id_: CheckpointId) -> None:
+        """Have it read ahead what it needs to give the pages of a checkpoint that is likely to be opened."""
+        self._ask({"op": "prepare", "job": [job.cluster, job.job_id], "id": [id_.epoch, id_.seq]})
 
     def open(self, job: JobKey, id_: CheckpointId, images: Path, criu_version: str, progress: Path) -> None:
         """Have it make ready to give the pages of a checkpoint; `opened` waits until it is.
@@ -156,6 +157,26 @@ class Pager:
                 os.close(fd)
 
 
+class _Ready:
+    """A checkpoint of which pages can be given at once."""
+
+    def __init__(self, store: Store, job: JobKey, id_: CheckpointId) -> None:
+        """Raises as `Store.open` does."""
+        self.job, self.id = job, id_
+        self.stored = store.open(job, id_)
+        self.runs = {
+            path: [(int(a), int(b), int(c)) for a, b, c in rows]
+            for path, rows in self.stored.memories.items()
+        }
+        self._loaded = False
+
+    def load(self) -> None:
+        """Fetch what is asked for first."""
+        if not self._loaded:
+            self.stored.load(first_wanted((run for some in self.runs.values() for run in some), _FIRST_PAGES))
+            self._loaded = True
+
+
 class _Server:
     """The process itself."""
 
@@ -163,6 +184,7 @@ class _Server:
         self._config = config
         self._control = control
         self._store: Store | None = None
+        self._ready: _Ready | None = None
 
     def serve(self) -> None:
         """Do what the manager asks for until it hangs up."""
@@ -174,6 +196,9 @@ class _Server:
             try:
                 if request["op"] == "connect":
                     self._connected().get_record(job, "start")
+                elif request["op"] == "prepare":
+                    self._ready = _Ready(self._connected(), job, CheckpointId(*request["id"]))
+                    self._ready.load()
                 else:
                     self._follow(job, request)
             except OutlastError as error:
@@ -189,7 +214,10 @@ class _Server:
     def _follow(self, job: JobKey, request: Mapping[str, Any]) -> None:
         """Give one checkpoint's pages until nobody asks for more."""
         begin, number = time.monotonic(), request["number"]
-        stored = self._connected().open(job, CheckpointId(*request["id"]))
+        id_, ready = CheckpointId(*request["id"]), self._ready
+        if ready is None or (ready.job, ready.id) != (job, id_):
+            ready = _Ready(self._connected(), job, id_)
+        stored, runs = ready.stored, ready.runs
 
         def read(space: int, vaddr: int, count: int) -> bytes:
             deadline = time.monotonic() + self._config.restart.pages_wait
@@ -202,9 +230,6 @@ class _Server:
                         raise
                     time.sleep(_RETRY_SECONDS)
 
-        runs = {
-            path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()
-        }
         total = sum(pages for some in runs.values() for _, _, pages in some)
         progress = Path(request["progress"])
         server = PageServer(runs, read, request["criu"])
@@ -212,7 +237,7 @@ class _Server:
         with server.peer as peer:
             socket.send_fds(self._control, [json.dumps({"number": number}).encode()], [peer.fileno()])
         with contextlib.suppress(OutlastError):  # what cannot be had now is asked for again
-            stored.load(_first_wanted(runs))
+            ready.load()
         told = 0
         while not server.wait(_TELL_SECONDS):
             if server.pages != told:
@@ -248,19 +273,6 @@ class _Server:
             self._control.send(json.dumps(message).encode())
         except OSError:
             log.debug("the manager has ended meanwhile")
-
-
-def _first_wanted(runs: Mapping[str, Sequence[Run]]) -> list[Run]:
-    """Return the smallest runs of pages: stacks, libraries' data, thread-local storage, which any job soon needs."""
-    found, left = [], _FIRST_PAGES
-    for space, vaddr, pages in sorted(
-        (run for some in runs.values() for run in some), key=lambda run: run[2]
-    ):
-        if pages > min(left, _SMALL_PAGES):
-            break
-        left -= pages
-        found.append((space, vaddr, pages))
-    return found
 
 
 def read_progress(directory: Path) -> Mapping[str, Any] | None:

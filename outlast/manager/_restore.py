@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from outlast.manager._pager import PROGRESS, Pager
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import sources
 from outlast.manager._shim import Shim
-from outlast.model import Checkpoint
+from outlast.model import Checkpoint, JobKey
 from outlast.store import Store
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 # Below this, to fetch everything first takes no longer than to start a pager.
 _WORTH_POST_COPY = 32 << 20
 _POLL_SECONDS = 0.05
+# Of what CRIU restores at once, so much is fetched before it is known to be what the job goes on from.
+_MOST_AHEAD = (64 << 20) // 4096  # pages
 
 
 class Following:
@@ -72,7 +75,32 @@ class Restorer:
         self._criu = criu
         self._events = events
         self._pager = pager
+        self._prepared: tuple[Checkpoint, Path] | None = None
         self.following: Following | None = None
+
+    def prepare(self, job: JobKey, store: Store, checkpoint: Checkpoint, spool: Path) -> None:
+        """Fetch of *checkpoint*, from which *job* is likely to go on soon, what CRIU restores at once.
+
+        It is put below *spool*, that of the job's run. Whatever goes wrong goes wrong again, and is told, when the
+        job is restored.
+        """
+        if not self._follow(checkpoint):
+            return
+        images = spool / _called(checkpoint, following=True)
+        try:
+            self._pager.prepare(job, checkpoint.id)
+            _fetch_part(store, job, checkpoint, images, _MOST_AHEAD)
+        except (OutlastError, OSError) as error:
+            log.debug("nothing is fetched ahead: %s", error)
+            shutil.rmtree(images, ignore_errors=True)
+        else:
+            self._prepared = (checkpoint, images)
+
+    def discard(self) -> None:
+        """Remove what was prepared, and is of no use."""
+        if self._prepared is not None:
+            shutil.rmtree(self._prepared[1], ignore_errors=True)
+            self._prepared = None
 
     def restore(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint, *, whole: bool) -> Capsule:
         """Have the job of *run* go on from *checkpoint* in the place of *shim*, its files set back to it.
@@ -86,9 +114,14 @@ class Restorer:
         name = checkpoint.id.name(run.job.job_id)
         require(checkpoint.meta.get("cpu", ()), name)
         follow = not whole and self._follow(checkpoint)
-        kind = "following" if follow else "whole"
-        images = run.directory / "spool" / f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}-{kind}"
-        shutil.rmtree(images, ignore_errors=True)
+        images = run.directory / "spool" / _called(checkpoint, following=follow)
+        # The very same checkpoint: what it is was read from the store once more meanwhile.
+        prepared = self._prepared == (checkpoint, images)
+        if prepared:
+            self._prepared = None
+        else:
+            self.discard()
+            shutil.rmtree(images, ignore_errors=True)
         begin = time.monotonic()
         with contextlib.ExitStack() as closing:
             closing.callback(shutil.rmtree, images, ignore_errors=True)
@@ -96,7 +129,7 @@ class Restorer:
             files = closing.enter_context(_SettingBack(run, shim, checkpoint))
             pages = None
             if follow:
-                pages = closing.enter_context(self._fetch_part(run, store, checkpoint, images))
+                pages = closing.enter_context(self._open_pager(run, store, checkpoint, images, prepared))
             else:
                 store.fetch(run.job, checkpoint.id, images)
             fetched = time.monotonic()
@@ -118,6 +151,7 @@ class Restorer:
             fetch_s=round(fetched - begin, 3),
             restore_s=round(seconds - (fetched - begin), 3),
             post_copy=follow,
+            ahead=prepared,
         )
         return capsule
 
@@ -125,17 +159,15 @@ class Restorer:
         how = self._config.restart.post_copy
         return how == "on" or (how == "auto" and checkpoint.image_bytes >= _WORTH_POST_COPY)
 
-    def _fetch_part(self, run: Run, store: Store, checkpoint: Checkpoint, images: Path) -> socket.socket:
-        """Fetch what CRIU restores at once, while the pager makes ready to give the rest; return its end."""
+    def _open_pager(
+        self, run: Run, store: Store, checkpoint: Checkpoint, images: Path, prepared: bool
+    ) -> socket.socket:
+        """Have the pager make ready to give the pages that follow, and the others fetched; return its end."""
         version = self._criu.version()
         self._pager.open(run.job, checkpoint.id, images, version, run.directory / PROGRESS)
         try:
-            stored = store.open(run.job, checkpoint.id)
-            stored.fetch_files(images)
-            runs = {
-                path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()
-            }
-            write_eager_pages(images, runs, stored.read, stored.load)
+            if not prepared:
+                _fetch_part(store, run.job, checkpoint, images)
         except BaseException:
             with contextlib.suppress(OutlastError):
                 self._pager.opened().close()
@@ -165,6 +197,31 @@ class Restorer:
         run.passed = [entry for entry in passed if entry["fd"] in inherited]
         run.goes_on_from(checkpoint.id, meta)
         return capsule
+
+
+def _called(checkpoint: Checkpoint, *, following: bool) -> str:
+    kind = "following" if following else "whole"
+    return f"restore-{checkpoint.id.epoch}.{checkpoint.id.seq}-{kind}"
+
+
+def _fetch_part(
+    store: Store, job: JobKey, checkpoint: Checkpoint, images: Path, most: int | None = None
+) -> None:
+    """Make the directory *images* of what CRIU restores at once. Raises OutlastError.
+
+    Args:
+        most: give up where that is more than so many pages.
+    """
+    stored = store.open(job, checkpoint.id)
+    stored.fetch_files(images)
+    runs = {path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()}
+
+    def load(ranges: Sequence[tuple[int, int, int]]) -> None:
+        if most is not None and sum(pages for _, _, pages in ranges) > most:
+            raise OutlastError(f"more than {most} pages are restored at once")
+        stored.load(ranges)
+
+    write_eager_pages(images, runs, stored.read, load)
 
 
 class _SettingBack:

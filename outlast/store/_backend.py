@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 # Every file begins its life under a name with this ending, beside its final place.
 UNFINISHED = ".tmp"
@@ -19,6 +19,10 @@ class Entry:
     size: int
     mtime: float
     is_directory: bool
+
+
+# By name: what is in each directory, and the content of each file, None where there is none.
+Seen: TypeAlias = tuple[dict[str, list[Entry]], dict[str, bytes | None]]
 
 
 class Backend(Protocol):
@@ -71,6 +75,12 @@ class Backend(Protocol):
 
     def list(self, directory: str) -> list[Entry]:
         """Return what is in *directory*, sorted by name; unfinished files too. Empty if it is not there."""
+
+    def look(self, directories: Sequence[str], files: Sequence[str]) -> Seen:
+        """Return by name what `list` and `read` would, None for a file that is not there; all in two round trips.
+
+        What is too large for that may be left out, and what is refused.
+        """
 
     def remove(self, name: str) -> bool:
         """Remove the file *name*; True if it was there. Of two that remove it, one gets True."""

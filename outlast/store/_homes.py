@@ -10,6 +10,7 @@ from outlast.errors import ConfigError
 from outlast.model import JobKey
 from outlast.store._backend import Backend
 from outlast.store._checkpoints import Checkpoints
+from outlast.store._foresight import Foresight
 from outlast.store._format import Marked
 from outlast.store._front import TieredBackend
 from outlast.store._keys import Keyring
@@ -27,6 +28,7 @@ class Home:
     checkpoints: Checkpoints
     behind: Checkpoints
     upkeep: Upkeep
+    foresight: Foresight
     front: TieredBackend | None = None  # through which *checkpoints* goes, where this node has a tier
 
 
@@ -65,10 +67,11 @@ class Homes:
             home.backend.close()
 
     def _at(self, name: str, backend: Backend, quota: Quota) -> Home:
-        marked = cast(Backend, Marked(backend))
+        foresight = Foresight(backend)
+        marked = cast(Backend, Marked(cast(Backend, foresight)))
         behind = here = Checkpoints(marked, self._keyring, quota)
         front = None
         if self._tier is not None:
             front = TieredBackend(self._tier.local, marked)
             here = Checkpoints(cast(Backend, front), self._keyring, quota)
-        return Home(name, marked, here, behind, Upkeep(marked), front)
+        return Home(name, marked, here, behind, Upkeep(marked), foresight, front)

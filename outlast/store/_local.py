@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from outlast.errors import StoreRefused, StoreUnavailable
-from outlast.store._backend import LARGEST_READ, Entry, unfinished_name
+from outlast.store._backend import LARGEST_READ, Entry, Seen, unfinished_name
 
 # The file system's server is away (NFS with "soft", FUSE); all other errors would come again.
 _PASSING = frozenset(
@@ -134,6 +134,16 @@ class LocalBackend:
         except FileNotFoundError:
             return []
         return sorted(entries, key=lambda entry: entry.name)
+
+    def look(self, directories: Sequence[str], files: Sequence[str]) -> Seen:
+        """See `Backend.look`."""
+        read: dict[str, bytes | None] = {}
+        for name in files:
+            try:
+                read[name] = self.read(name)
+            except FileNotFoundError:
+                read[name] = None
+        return {name: self.list(name) for name in directories}, read
 
     def remove(self, name: str) -> bool:
         """See `Backend.remove`."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from outlast.errors import StoreRefused, StoreUnavailable
 from outlast.store import _wire
-from outlast.store._backend import LARGEST_READ, Entry, unfinished_name
+from outlast.store._backend import LARGEST_READ, Entry, Seen, unfinished_name
+from outlast.store._foresight import entry_of, look
 from outlast.store._lanes import WINDOW, Helpers, Shared, connections
 from outlast.store._sftp import Server, SshLink
-from outlast.store._wire import Attributes, Link, Lost, Status, Wire
+from outlast.store._wire import Link, Lost, Status, Wire
 
 # statvfs@openssh.com: f_bavail is the fifth of eleven numbers, f_frsize the second.
 _STATVFS = struct.Struct(">11Q")
@@ -118,7 +119,7 @@ class SftpBackend:
         """See `Backend.entry`."""
         try:
             with self._session(f"looking at {name}") as wire:
-                return _entry(name.rpartition("/")[2], wire.lstat(self._path(name)))
+                return entry_of(name.rpartition("/")[2], wire.lstat(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -126,10 +127,15 @@ class SftpBackend:
         """See `Backend.list`."""
         try:
             with self._session(f"listing {directory}") as wire:
-                entries = [_entry(name, found) for name, found in wire.list(self._path(directory))]
+                entries = [entry_of(name, found) for name, found in wire.list(self._path(directory))]
         except FileNotFoundError:
             return []
         return sorted(entries, key=lambda entry: entry.name)
+
+    def look(self, directories: Sequence[str], files: Sequence[str]) -> Seen:
+        """See `Backend.look`."""
+        with self._session("looking around") as wire:
+            return look(wire, self._path, directories, files)
 
     def remove(self, name: str) -> bool:
         """See `Backend.remove`."""
@@ -392,7 +398,3 @@ def _mode(wire: Wire, path: str) -> int:
         return wire.lstat(path).mode
     except Status:
         return 0
-
-
-def _entry(name: str, found: Attributes) -> Entry:
-    return Entry(name, found.size, float(found.mtime), stat.S_ISDIR(found.mode))

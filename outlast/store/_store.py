@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -95,6 +96,15 @@ class Store(Journal):
         than `checkpoints` does where there is but one store.
         """
         self._homes.called(str((self.get_record(job, "start") or {}).get("store", "")), job)
+
+    def foreseeing(self, job: JobKey, *records: str) -> AbstractContextManager[None]:
+        """Within this, what decides on how *job* goes on is read as it stands now, in two round trips in all.
+
+        That is its requests, the list of its checkpoints, and the records called *records*. Each is read once so.
+        """
+        directories = [f"{_job(job)}/{kind}" for kind in ("requests", "ckpt", "packs")]
+        files = [f"{_job(job)}/records/{small(name)}.json" for name in records]
+        return self._homes.main.foresight.foreseeing(directories, files)
 
     def require_key(self) -> None:
         """Raise ConfigError where there is no data key: checkpoints can then only be listed."""

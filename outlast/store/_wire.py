@@ -71,8 +71,7 @@ class Status(Exception):
         self.code = code
 
 
-def _alone(moved: int) -> Sequence[tuple[Wire, bytes]]:
-    del moved
+def _alone(_: int) -> Sequence[tuple[Wire, bytes]]:
     return ()
 
 
@@ -196,10 +195,10 @@ class Wire:
         with contextlib.closing(pipeline(requests())) as replies:
             for kind, payload in replies:
                 handle, offset, length, last = asked.popleft()
-                data: bytes | memoryview = _data(kind, payload)
+                data: bytes | memoryview = data_of(kind, payload)
                 while len(data) < length:  # a server may send less than was asked for
                     position = struct.pack(">QI", offset + len(data), length - len(data))
-                    rest = _data(*self.call(READ, block(handle) + position))
+                    rest = data_of(*self.call(READ, block(handle) + position))
                     if not rest:
                         raise EOFError(f"ends before byte {offset + length}")
                     data = bytes(data) + bytes(rest)
@@ -217,14 +216,14 @@ class Wire:
             while not ended:
                 # OpenSSH sends 100 names at a time; those asked for in vain cost next to nothing.
                 with contextlib.closing(self.pipeline([(READDIR, block(handle))] * 8)) as replies:
-                    for kind, payload in replies:
-                        ended = ended or _status(kind, payload) == END
-                        if not ended:
-                            entries += _names(kind, payload)
+                    for reply in replies:
+                        some = names_of(*reply)
+                        ended = ended or some is None
+                        entries += some or ()
         finally:
             if not self.lost:
                 self.close(handle)
-        return [(name, found) for name, found in entries if name not in (".", "..")]
+        return entries
 
     def extended(self, name: str, *arguments: str) -> memoryview:
         """Make the request of the extension *name* and return the payload of its answer."""
@@ -376,7 +375,7 @@ def handle_of(kind: int, payload: memoryview) -> bytes:
     return string_at(payload, 0)[0]
 
 
-def _data(kind: int, payload: memoryview) -> memoryview:
+def data_of(kind: int, payload: memoryview) -> memoryview:
     """Return the bytes of a DATA answer; none at the file's end."""
     if kind == _DATA:
         return payload[4 : 4 + int(struct.unpack_from(">I", payload)[0])]
@@ -385,7 +384,10 @@ def _data(kind: int, payload: memoryview) -> memoryview:
     raise _error(kind, payload)
 
 
-def _names(kind: int, payload: memoryview) -> list[tuple[str, Attributes]]:
+def names_of(kind: int, payload: memoryview) -> list[tuple[str, Attributes]] | None:
+    """Return what a NAME answer tells, without "." and ".."; None at the end of the directory."""
+    if _status(kind, payload) == END:
+        return None
     if kind != _NAME:
         raise _error(kind, payload)
     found = []
@@ -395,5 +397,6 @@ def _names(kind: int, payload: memoryview) -> list[tuple[str, Attributes]]:
         name, offset = string_at(payload, offset)
         _, offset = string_at(payload, offset)  # the line that "ls -l" would show
         described, offset = attributes_at(payload, offset)
-        found.append((name.decode(errors="surrogateescape"), described))
+        if name not in (b".", b".."):
+            found.append((name.decode(errors="surrogateescape"), described))
     return found

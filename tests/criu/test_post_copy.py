@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from criu_backend import PageServer, write_eager_pages
+from criu_backend import PageServer, first_wanted, write_eager_pages
 from tests.criu.capsules import Job, Place
 from tests.criu.waiting import eventually, exit_code
 
@@ -42,6 +42,7 @@ class Source:
         self.images = place.images()
         self.dump = place.criu.dump(job.capsule, self.images, lambda: None, mode="plain")
         self.runs = {memory.name: memory.runs for memory in self.dump.memories}
+        self.total = sum(pages for some in self.runs.values() for _, _, pages in some)
         self.given = 0
         self.fail_after = 1 << 60
         self.slow = 0.0  # seconds that each request takes
@@ -64,10 +65,12 @@ class Source:
         raise OSError(f"no page at {vaddr:#x}")
 
 
-def restored(place: Place, job: Job, source: Source) -> tuple[Job, PageServer]:
-    """Kill *job* and bring it back in the place of another peer, its pages to follow."""
+def restored(place: Place, job: Job, source: Source, *, open_gate: bool = True) -> tuple[Job, PageServer]:
+    """Kill *job* and bring it back in the place of another peer, its pages to follow when the gate is open."""
     place.lose(job)
-    write_eager_pages(source.images, source.runs, source.read)
+    assert write_eager_pages(source.images, source.runs, source.read) == source.given
+    if not open_gate:
+        source.gate.clear()
     server = PageServer(source.runs, source.read, place.criu.version())
     return place.restore(source.images, pages=server), server
 
@@ -88,18 +91,39 @@ def test_job_runs_while_most_of_its_memory_is_not_there(place: Place) -> None:
     job = place.python(HOLDER)
     job.says("ready")
     source = Source(job, place)
-    source.gate.set()
-    again, server = restored(place, job, source)
-    source.gate.clear()
+    again, server = restored(place, job, source, open_gate=False)
     given = source.given
 
     place.touch("go")
-    time.sleep(0.2)
     source.gate.set()
     again.says("same")
-    assert given < sum(pages for some in source.runs.values() for _, _, pages in some)
+    assert given < source.total / 10
     assert server.wait(60)
     assert again.ended() == exit_code(0)
+
+
+def test_what_is_restored_at_once_does_not_follow(place: Place) -> None:
+    job = place.python(HOLDER)
+    job.says("ready")
+    source = Source(job, place)
+    again, server = restored(place, job, source, open_gate=False)
+    at_once = source.given
+    source.gate.set()
+
+    assert server.wait(60)
+    assert at_once > 500  # the interpreter's stacks, heaps and libraries' data
+    assert server.pages <= source.total - at_once
+    place.touch("go")
+    again.says("same")
+    assert again.ended() == exit_code(0)
+
+
+def test_smallest_runs_are_wanted_first() -> None:
+    runs = [(1, 0x1000, 3), (1, 0x9000, 300), (2, 0x1000, 1), (1, 0x5000, 2), (2, 0x8000, 250)]
+
+    assert first_wanted(runs, 5) == {(2, 0x1000, 1), (1, 0x5000, 2)}
+    assert first_wanted(runs, 6) == {(2, 0x1000, 1), (1, 0x5000, 2), (1, 0x1000, 3)}
+    assert first_wanted(runs, 1000) == {*runs} - {(1, 0x9000, 300)}
 
 
 def test_failing_store_ends_the_job_before_it_computes_on_zeros(place: Place) -> None:

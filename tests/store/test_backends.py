@@ -13,6 +13,7 @@ import pytest
 
 from outlast.errors import StoreRefused
 from outlast.store._backend import Backend
+from outlast.store._foresight import Foresight
 from outlast.store._local import LocalBackend
 from outlast.store._remote import SftpBackend
 
@@ -210,6 +211,35 @@ def test_long_listing_is_whole(backend: Backend, top: Path) -> None:
         (top / "directory" / f"{number:04}").touch()
 
     assert [entry.name for entry in backend.list("directory")] == [f"{number:04}" for number in range(1500)]
+
+
+def test_what_is_looked_at_together_is_what_there_is(backend: Backend) -> None:
+    for name in ("records/b", "records/a", "records/deep/c", "empty", "large"):
+        backend.create(name, [name.encode() * (name != "empty") * (20_000 if name == "large" else 1)])
+
+    listed, read = backend.look(["records", "nowhere"], ["records/a", "empty", "records/none", "large"])
+    assert listed == {"records": backend.list("records"), "nowhere": []}
+    read.pop("large", None)  # may be more than what is had in one go
+    assert read == {"records/a": b"records/a", "empty": b"", "records/none": None}
+
+
+def test_what_was_foreseen_is_read_once_and_not_after_a_change(backend: Backend, top: Path) -> None:
+    mine = Foresight(backend)
+    mine.create("records/a", [b"old"])
+    with mine.foreseeing(["records"], ["records/a", "records/b"]):
+        (top / "records/a").write_bytes(b"by another")
+        (top / "records/c").write_bytes(b"by another")
+        assert [entry.name for entry in mine.list("records")] == ["a"]
+        assert [entry.name for entry in mine.list("records")] == ["a", "c"]
+        assert (mine.read("records/a"), mine.read("records/a")) == (b"old", b"by another")
+    with mine.foreseeing(["records"], ["records/a", "records/b"]):
+        mine.replace("records/b", b"mine")
+        assert mine.read("records/b") == b"mine"
+        assert [entry.name for entry in mine.list("records")] == ["a", "b", "c"]
+    with mine.foreseeing([], ["records/a"]):
+        pass
+    (top / "records/a").write_bytes(b"and again")
+    assert mine.read("records/a") == b"and again"
 
 
 def test_removing_tells_who_did_it(backend: Backend) -> None:

@@ -239,6 +239,27 @@ def test_steady_state_takes_one_round_trip(
         assert link.turns == before + 1
 
 
+def test_what_decides_on_a_restart_is_read_in_two_round_trips(
+    start: Start, binary: str, tmp_path: Path, job: JobKey, keyring: Keyring
+) -> None:
+    image, top = tmp_path / "image", tmp_path / "store"
+    image.mkdir()
+    top.mkdir()
+    (image / "pages").write_bytes(os.urandom(4096))
+    link = start(lambda: Pipe(binary))
+    store = Store(backend_over(link, top), keyring)
+    store.put_record(job, "start", {})
+    store.publish(job, CheckpointId(0, 1), image, {})
+    known = store.checkpoints(job)
+    before = link.turns
+    with store.foreseeing(job, "start", "ended"):
+        found = store.take_requests(job), store.get_record(job, "ended"), store.get_record(job, "start")
+        again = store.checkpoints(job)
+
+    assert (found, again) == (([], None, {}), known)
+    assert link.turns == before + 2
+
+
 def test_new_writer_asks_for_all_trailers_at_once(
     start: Start, binary: str, tmp_path: Path, job: JobKey, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,10 @@
 """Runs on nodes, as root: `make MIB` dumps a job into the store, `measure MIB ROUNDS` restores it.
 
 The job tells the time as often as it can; the first time that it tells after a restore has begun is its first
-instruction. The connection to the store is made before, as a manager makes it while the scheduler starts the job.
-`measure` prints an object of JSON: for each variant the milliseconds from the begin of the restore to that moment,
-those of them that went into fetching, how long it took for all memory to be there, and, apart from all that, how
-long connecting took.
+instruction. What a manager does when it starts, while the scheduler starts the job, is done before: it connects to
+the store, and fetches what the job will need first. `measure` prints an object of JSON: for each variant the
+milliseconds from the moment when the job may go on to its first instruction, those of them that went into fetching,
+how long it took for all memory to be there, and, apart from all that, how long the manager took before.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from criu_backend import Context, Criu, start_capsule, warm_up
+from criu_backend import Context, Criu, start_capsule
 from outlast.config import read_config
 from outlast.manager._events import EventLog
+from outlast.manager._launch import Launcher
 from outlast.manager._pager import Pager
-from outlast.manager._restore import Restorer
 from outlast.manager._run import Run
 from outlast.manager._shim import Shim
 from outlast.model import CheckpointId, JobKey
@@ -109,7 +109,9 @@ def make(mib: int) -> None:
             meta: dict[str, Any] = {"node": socket.gethostname(), "files": [], "passed": []}
             meta |= {"criu": result.criu_version}
             meta |= {"epoch": 0, "seq": 1, "time": time.time(), "uid": _USER, "pause_ms": 0.0}
-            store.publish(JobKey("bench", str(mib)), CheckpointId(0, 1), images, meta, result.memories)
+            job = JobKey("bench", str(mib))
+            store.put_record(job, "start", {"uid": _USER, "epoch": 0, "files": []})
+            store.publish(job, CheckpointId(0, 1), images, meta, result.memories)
         capsule.kill()
         capsule.wait(10)
 
@@ -130,32 +132,29 @@ def _restore(job: JobKey, variant: str) -> dict[str, float]:
     how = "on" if variant == "post-copy" else "off"
     config = dataclasses.replace(config, restart=dataclasses.replace(config.restart, post_copy=how))
     facts: dict[str, Any] = {}
-    events = SimpleNamespace(add=lambda event, text, **more: facts.update(more))
+    events = SimpleNamespace(add=lambda event, text, **more: facts.update(more, event=event))
     pager = Pager(config)
-    restorer = Restorer(config, criu, cast(EventLog, events), pager)
+    launcher = Launcher(config, criu, cast(EventLog, events), pager)
     run = Run(job, 1, _USER, socket.gethostname(), 0, [], _PLACE)
     with _peer() as context:
-        shim = SimpleNamespace(context=context, stdio=context.stdio, set_back=lambda files, epoch: None)
+        shim = SimpleNamespace(
+            context=context, stdio=context.stdio, gone=False, set_back=lambda files, epoch: None
+        )
         clock = time.monotonic()
-        store = open_store(config.store)
-        store.get_record(job, "start")
+        launcher.connect(job, _PLACE / "spool")
+        launcher.store()
         connected = time.monotonic() - clock
-        pager.connect(job)
-        warm_up()
-        criu.version()
         time.sleep(_SETTLE_SECONDS)
         begin, clock = time.time(), time.monotonic()
-        checkpoint = store.checkpoints(job)[0]
-        capsule = restorer.restore(run, cast(Shim, shim), store, checkpoint, whole=how == "off")
+        run.capsule = launcher.launch(run, cast(Shim, shim))
+        if facts["event"] != "restored" or facts["post_copy"] != (how == "on"):
+            raise SystemExit(f"not what is measured: {facts}")
         first = _first_after(begin)
-        following = restorer.following
-        if following is not None and not following.wait(capsule):
-            raise SystemExit(f"the pages did not come: {following.error}")
+        launcher.await_pages(run, cast(Shim, shim))
         whole = time.monotonic() - clock
-        store.close()
         pager.close()
-        capsule.kill()
-        capsule.wait(10)
+        run.capsule.kill()
+        run.capsule.wait(10)
     return {
         "first": (first - begin) * 1000,
         "fetch": facts["fetch_s"] * 1000,
