@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from criu_backend import Capsule, CapsuleError, Criu, CriuError, start_capsule, warm_up
 from outlast.config import Config, StoreConfig
 from outlast.errors import ConfigError, OutlastError, RestoreFailed, StoreUnavailable, UsageError
+from outlast.manager import _unrestored
 from outlast.manager._calls import VARIABLE
 from outlast.manager._cpu import UnfitNode
 from outlast.manager._events import EventLog
@@ -281,7 +282,7 @@ class Launcher:
         """Bring the job back from its newest good checkpoint, or begin it again where there is none."""
         # Without it a job that could go on elsewhere would look like one that has nothing to go on from.
         store.require_key()
-        with store.foreseeing(run.job, "start", "ended", "restart"):
+        with store.foreseeing(run.job, "start", "ended", "restart", _unrestored.RECORD):
             for request in store.take_requests(run.job):
                 # What else was asked for was asked of the run before.
                 if request.get("op") == "restart":
@@ -296,6 +297,7 @@ class Launcher:
                 return self._begin(run, shim)
             store.require_home(run.job)
             chosen = store.get_record(run.job, "restart")
+            doubtful = store.get_record(run.job, _unrestored.RECORD) is not None
             # What only this node has of a run before the last one is of a branch that others may have left.
             found = [
                 one for one in store.checkpoints(run.job) if one.durable or one.id.epoch >= run.epoch - 1
@@ -304,7 +306,7 @@ class Launcher:
         unfit: UnfitNode | None = None
         for checkpoint in checkpoints:
             try:
-                return self._restorer.restore(run, shim, store, checkpoint, whole=whole)
+                capsule = self._restorer.restore(run, shim, store, checkpoint, whole=whole)
             except (StoreUnavailable, ShimGone):
                 raise
             except (OutlastError, CriuError, CapsuleError) as error:
@@ -314,8 +316,11 @@ class Launcher:
                     unfit = error
                     continue
                 # Those of the run that goes on from an older one must not take its place in the store.
-                with contextlib.suppress(OutlastError):
-                    store.pin(run.job, checkpoint.id)
+                _unrestored.keep(store, run.job, checkpoint.id)
+                continue
+            if doubtful:
+                _unrestored.release(store, run.job, checkpoint.id)
+            return capsule
         if unfit is not None:
             raise unfit
         start = store.get_record(run.job, "start")

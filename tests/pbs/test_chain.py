@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster import eventually
-from tests.pbs.conftest import INSTALL, Pbs
+from tests.pbs.conftest import INSTALL, MOMS, Pbs
 from tests.pbs.jobs import COUNT, TICKS, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
@@ -52,6 +52,26 @@ def test_a_held_job_goes_on_on_another_host(pbs: Pbs) -> None:
     eventually(started, within=20, what="its start")
     job.wait_for("restored", within=90)
     assert job.node not in ("", first)
+    job.ends_whole()
+
+
+def test_a_host_whose_processors_lack_an_instruction_gives_the_job_back_to_the_queue(pbs: Pbs) -> None:
+    job = Job(pbs, TICKS, "-v", "OUTLAST_INTERVAL=1s")
+    job.wait_for("checkpoint", 2)
+    first = job.node
+    other = next(node for node in MOMS if node != first)
+    mask = "sed 's/ popcnt / /' /proc/cpuinfo >/tmp/cpuinfo && mount --bind /tmp/cpuinfo /proc/cpuinfo"
+    pbs.on(other, "sh", "-c", mask)
+    try:
+        pbs.pbs("pbsnodes", "-o", first)
+        pbs.pbs("qrerun", job.id)
+        job.wait_for("unfit-node", within=60)
+    finally:
+        pbs.pbs("pbsnodes", "-r", first)
+        pbs.pbs("pbsnodes", "-o", other)
+        pbs.on(other, "sh", "-c", "umount /proc/cpuinfo && rm /tmp/cpuinfo")
+    job.wait_for("restored", within=90)
+    assert job.node == first
     job.ends_whole()
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from criu_backend import Capsule, Criu
+from criu_backend import Capsule, Criu, CriuError
 from outlast.config import Config, RestartConfig, StoreConfig
 from outlast.manager._events import EventLog
 from outlast.manager._launch import Launcher, remember_choice
@@ -24,7 +24,9 @@ JOB = JobKey("c", "17")
 
 
 class Images(Criu):
-    """Restores nothing; remembers the images that it was to restore."""
+    """Restores nothing; remembers the images that it was to restore, and refuses some by the checkpoint's number."""
+
+    refused = "none"
 
     def version(self) -> str:
         return "4.2.1"
@@ -32,6 +34,8 @@ class Images(Criu):
     def warm_up(self) -> None: ...
 
     def restore(self, context: object, images: Path, *_: object, **__: object) -> Capsule:
+        if images.name.removeprefix("restore-").startswith(self.refused):
+            raise CriuError("restore: the helper is missing", log=Path("/dev/null"))
         self.seen = {path.name: path.read_bytes() for path in images.iterdir()}
         return Capsule(1, 0, 1)
 
@@ -72,6 +76,10 @@ class Site:
     def launch(self) -> None:
         shim = SimpleNamespace(context=None, stdio=(), gone=False, set_back=lambda files, epoch: None)
         self.launcher.launch(Run(JOB, 1, 2000, "n2", 60, [], self.here / "run"), cast(Shim, shim))
+
+    def pins(self) -> set[int]:
+        with open_store(self.config.store) as store:
+            return {id.seq for id in store.pins(JOB)}
 
     def spool(self) -> list[str]:
         return sorted(path.name for path in (self.here / "run/spool").iterdir())
@@ -136,3 +144,44 @@ def test_job_whose_store_fails_meanwhile_goes_on_when_it_is_back(site: Site) -> 
     site.launch()
 
     assert site.criu.seen == {"core-1.img": b"image 1"}
+
+
+def test_checkpoint_that_could_not_be_restored_is_kept_until_it_could(site: Site) -> None:
+    site.publish(1)
+    site.publish(2)
+    site.criu.refused = "0.2"
+    site.launch()
+    pinned = site.pins()
+    site.criu.refused = "none"
+    site.launch()
+
+    assert pinned == {2}
+    assert site.criu.seen == {"core-1.img": b"image 2"}
+    assert site.pins() == set()
+
+
+def test_checkpoint_that_could_not_be_restored_is_kept_until_a_later_one_could(site: Site) -> None:
+    for seq in (1, 2):
+        site.publish(seq)
+    site.criu.refused = "0.2"
+    site.launch()
+    site.publish(3)
+    site.launch()
+
+    assert site.criu.seen == {"core-1.img": b"image 3"}
+    assert site.pins() == set()
+
+
+def test_pins_of_people_stay_whatever_is_restored(site: Site) -> None:
+    for seq in (1, 2):
+        site.publish(seq)
+    with open_store(site.config.store) as store:
+        store.pin(JOB, CheckpointId(0, 2))
+        store.pin(JOB, CheckpointId(0, 1))
+    site.criu.refused = "0.2"
+    site.launch()
+    site.criu.refused = "none"
+    site.launch()
+
+    assert site.criu.seen == {"core-1.img": b"image 2"}
+    assert site.pins() == {1, 2}
