@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from criu_backend._capsule import Capsule, CapsuleError, Context, restore_capsule, start_capsule
-from criu_backend._criu import Criu
+from criu_backend._criu import Criu, Looked
 from criu_backend._explain import INCOMPLETE, Finding, explain, way_out
 from criu_backend._images import opened_files, pycriu_version, warm_up
 from criu_backend._memory import Memory, put_back
@@ -21,6 +21,7 @@ __all__ = [
     "CriuError",
     "DumpResult",
     "Finding",
+    "Looked",
     "Memory",
     "PageServer",
     "SelfTest",

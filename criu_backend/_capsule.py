@@ -142,7 +142,8 @@ def restore_capsule(
             and 12 in it are the three of *context*.
         last_pid: CRIU's own processes get the PIDs after this one, so none that the tree needs may follow.
         pager: a program that runs beside the tree until it has all its pages, and a descriptor that it
-            gets as 13 (PAGES_FD); it writes to 14 (READY_FD) when it is ready. If it fails the capsule ends.
+            gets as 13 (PAGES_FD); it writes to 14 (READY_FD) when it is ready, and *command*, which starts at the
+            same time, can read that from 14. If it fails the capsule ends.
 
     Raises:
         CapsuleError: the capsule could not be made, or *command* failed; nothing is left running.

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from criu_backend._capsule import (
@@ -50,6 +51,15 @@ _SUPPORTED = (4, 1)
 _FREEZE_SECONDS = 10
 # A signal that comes in the wrong moment breaks a dump off; so often it is begun again at once.
 _MOST_INTERRUPTIONS = 4
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found in images of processes of user *uid*: the highest PID of anything there, and their root's."""
+
+    uid: int
+    last_pid: int
+    root_pid: int
 
 
 class Criu:
@@ -248,6 +258,19 @@ class Criu:
             if code != 0:
                 raise error_from_log("dump", log)
 
+    def look_over(self, images: Path, uid: int) -> Looked:
+        """Make sure that *images* are those of processes of user *uid*, and make them ready for a restore.
+
+        Raises:
+            CriuError: they must not be restored, or cannot be read.
+        """
+        try:
+            require_owner(images, uid)
+            rearm_timers(images)
+            return Looked(uid, highest_pid(images), root_pid(images))
+        except ImageError as error:
+            raise CriuError(f"restore: {error}", log=images / "restore.log", hint=error.hint) from None
+
     def restore(
         self,
         context: Context,
@@ -260,6 +283,7 @@ class Criu:
         inherit: Sequence[tuple[int, str]] = (),
         pages: socket.socket | None = None,
         stopped: bool = False,
+        looked: Looked | None = None,
     ) -> Capsule:
         """Bring the tree in *images* back to life in a capsule of its own, in the place of *context*.
 
@@ -272,6 +296,7 @@ class Criu:
                 of this, which is closed here; *images* must stay until that is complete. Should it fail, the
                 capsule ends.
             stopped: leave all processes of the tree stopped: none of them runs an instruction.
+            looked: what `look_over` said of *images*, if nobody else can have changed them since.
 
         Raises:
             CriuError: it did not work; nothing is left running. CapsuleError likewise, before CRIU ran.
@@ -284,15 +309,14 @@ class Criu:
                 log=log,
                 hint=f"install criu {dumped_by} or later on this node",
             )
+        if looked is None or looked.uid != uid:
+            looked = self.look_over(images, uid)
         try:
-            require_owner(images, uid)
-            last_pid = highest_pid(images)
-            rearm_timers(images)
             free_ports(images)
-            loaded = {"LD_PRELOAD": os.fspath(REAPER_LIBRARY), "OUTLAST_ROOT": str(root_pid(images))}
-            environment = as_owner(clean_environment(**loaded, **_NO_BREAKPOINTS), context.pid)
         except ImageError as error:
             raise CriuError(f"restore: {error}", log=log, hint=error.hint) from None
+        loaded = {"LD_PRELOAD": os.fspath(REAPER_LIBRARY), "OUTLAST_ROOT": str(looked.root_pid)}
+        environment = as_owner(clean_environment(**loaded, **_NO_BREAKPOINTS), context.pid)
         command = [self._program, "restore", "--images-dir", os.fspath(images)]
         command += ["--log-file", log.name, "-v2", "--pidfile", os.fspath(state / "restored.pid")]
         command += ["--restore-detached", "--network-lock=nftables", *_common_options(tcp)]
@@ -306,9 +330,10 @@ class Criu:
             daemon = [self._program, "lazy-pages", "--no-default-config", "--images-dir", os.fspath(images)]
             daemon += ["--log-file", "lazy.log", "-v2", "--page-server", "--ps-socket", str(PAGES_FD)]
             pager = ([*daemon, "--status-fd", str(READY_FD)], pages.fileno())
+            environment["OUTLAST_READY"] = str(READY_FD)
         try:
             # Far from the tree's own, and from what those of its processes that are gone were called.
-            last = last_pid + 10000
+            last = looked.last_pid + 10000
             return restore_capsule(
                 context, command, environment, state, last_pid=last, pager=pager, helper=self._helper
             )

@@ -9,7 +9,7 @@
  *       /dev/null as 0-2 and this process's descriptors 0-2 as 10-12, and adopts what it restored.
  *       With a pager (CRIU's lazy-pages daemon, a program like the other), that runs beside the restored tree
  *       until it has given it all its pages: it gets the descriptor of --pages as 13, and writes to 14 when it is
- *       ready. Should it fail, everything in the capsule ends at once, since pages that it has not given
+ *       ready, which the first program can read from its own 14. Should it fail, everything in the capsule ends at once, since pages that it has not given
  *       would be read as zeros.
  *   outlast-capsule enter PID -- PROGRAM [ARGUMENT...]
  *       Runs PROGRAM inside the capsule whose init is PID (as this PID namespace numbers it); ends with its
@@ -264,12 +264,11 @@ static void run_job(const struct context *context, const struct program *program
 	_exit(error == ENOENT ? NOT_FOUND : NO_PERMISSION);
 }
 
-/* Starts the program that brings pages after the restore, and waits until it is ready to. */
-static void start_pager(const struct options *options)
+/* Starts the program that brings pages after the restore; returns a descriptor to read from when it is ready to. */
+static int start_pager(const struct options *options)
 {
 	struct program program = read_program(options->pager);
 	int ready[2];
-	char byte;
 
 	if (pipe2(ready, O_CLOEXEC) < 0)
 		die("a pipe: %s", strerror(errno));
@@ -291,36 +290,43 @@ static void start_pager(const struct options *options)
 	}
 	close(ready[1]);
 	close(options->pages);
-	if (pager < 0 || read(ready[0], &byte, 1) != 1)
-		die("the pager did not start");
-	close(ready[0]);
+	if (pager < 0)
+		die("starting the pager: %s", strerror(errno));
+	return ready[0];
 }
 
 /* Runs CRIU; returns the PID, in this namespace, of the root of what it restored. */
 static pid_t run_restore(const struct options *options, const struct program *program)
 {
 	char text[32];
-	int status;
+	int status, ready = -1;
 
 	snprintf(text, sizeof(text), "%ld", options->last_pid);
 	write_file(AT_FDCWD, "/proc/sys/kernel/ns_last_pid", text);
 	if (options->pager >= 0)
-		start_pager(options);
+		ready = start_pager(options);
 	pid_t criu = fork();
 	if (criu == 0) {
 		/* Out of the way of the descriptors that are about to be filled. */
-		int devnull = fcntl(open("/dev/null", O_RDWR), F_DUPFD, INHERITED_STDIO + 3);
+		int devnull = fcntl(open("/dev/null", O_RDWR), F_DUPFD, FIRST_FREE_FD);
+		int pager_ready = fcntl(ready, F_DUPFD, FIRST_FREE_FD);
 		for (int fd = 0; fd < 3; fd++) {
 			if (dup2(fd, INHERITED_STDIO + fd) < 0 || dup2(devnull, fd) < 0)
 				die("descriptor %d: %s", fd, strerror(errno));
 		}
+		/* They start side by side: the library that is loaded into CRIU has it wait when it comes to need the pager. */
+		if (pager_ready >= 0 && dup2(pager_ready, READY_FD) < 0)
+			die("descriptor %d: %s", READY_FD, strerror(errno));
 		close_range(3, INHERITED_STDIO - 1, 0);
-		close_range(INHERITED_STDIO + 3, ~0U, 0);
+		close_range(INHERITED_STDIO + 3, READY_FD - 1, 0);
+		close_range(pager_ready >= 0 ? READY_FD + 1 : READY_FD, ~0U, 0);
 		reset_signals();
 		environ = program->environment;
 		execvp(program->arguments[0], program->arguments);
 		_exit(NOT_FOUND);
 	}
+	if (ready >= 0)
+		close(ready);
 	if (criu < 0 || waitpid(criu, &status, 0) != criu)
 		die("starting CRIU: %s", strerror(errno));
 	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)

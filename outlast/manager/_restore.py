@@ -9,10 +9,11 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from criu_backend import Capsule, Criu, write_eager_pages
+from criu_backend import Capsule, Criu, CriuError, Looked, write_eager_pages
 from outlast.config import Config
 from outlast.errors import OutlastError
 from outlast.manager._cpu import require
@@ -67,6 +68,15 @@ class Following:
         return {"pages": result["pages"], "pages_s": result.get("seconds")}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What was fetched, and looked over, of a checkpoint before it was known to be what the job goes on from."""
+
+    checkpoint: Checkpoint
+    images: Path
+    looked: Looked
+
+
 class Restorer:
     """Restores checkpoints of one job on this node."""
 
@@ -75,7 +85,7 @@ class Restorer:
         self._criu = criu
         self._events = events
         self._pager = pager
-        self._prepared: tuple[Checkpoint, Path] | None = None
+        self._prepared: _Prepared | None = None
         self.following: Following | None = None
 
     def prepare(self, job: JobKey, store: Store, checkpoint: Checkpoint, spool: Path) -> None:
@@ -90,16 +100,17 @@ class Restorer:
         try:
             self._pager.prepare(job, checkpoint.id)
             _fetch_part(store, job, checkpoint, images, _MOST_AHEAD)
-        except (OutlastError, OSError) as error:
+            looked = self._criu.look_over(images, int(checkpoint.meta["uid"]))
+        except (OutlastError, CriuError, OSError) as error:
             log.debug("nothing is fetched ahead: %s", error)
             shutil.rmtree(images, ignore_errors=True)
         else:
-            self._prepared = (checkpoint, images)
+            self._prepared = _Prepared(checkpoint, images, looked)
 
     def discard(self) -> None:
         """Remove what was prepared, and is of no use."""
         if self._prepared is not None:
-            shutil.rmtree(self._prepared[1], ignore_errors=True)
+            shutil.rmtree(self._prepared.images, ignore_errors=True)
             self._prepared = None
 
     def restore(self, run: Run, shim: Shim, store: Store, checkpoint: Checkpoint, *, whole: bool) -> Capsule:
@@ -116,10 +127,11 @@ class Restorer:
         follow = not whole and self._follow(checkpoint)
         images = run.directory / "spool" / _called(checkpoint, following=follow)
         # The very same checkpoint: what it is was read from the store once more meanwhile.
-        prepared = self._prepared == (checkpoint, images)
-        if prepared:
+        prepared = self._prepared
+        if prepared is not None and (prepared.checkpoint, prepared.images) == (checkpoint, images):
             self._prepared = None
         else:
+            prepared = None
             self.discard()
             shutil.rmtree(images, ignore_errors=True)
         begin = time.monotonic()
@@ -129,12 +141,16 @@ class Restorer:
             files = closing.enter_context(_SettingBack(run, shim, checkpoint))
             pages = None
             if follow:
-                pages = closing.enter_context(self._open_pager(run, store, checkpoint, images, prepared))
+                pages = closing.enter_context(
+                    self._open_pager(run, store, checkpoint, images, prepared is not None)
+                )
             else:
                 store.fetch(run.job, checkpoint.id, images)
             fetched = time.monotonic()
             files.finish(images)
-            capsule = self._bring_back(run, shim, checkpoint, images, pages)
+            capsule = self._bring_back(
+                run, shim, checkpoint, images, pages, prepared.looked if prepared is not None else None
+            )
             if follow:
                 keep_log(images / "restore.log", run)
                 closing.pop_all()  # the pager removes the images
@@ -151,7 +167,7 @@ class Restorer:
             fetch_s=round(fetched - begin, 3),
             restore_s=round(seconds - (fetched - begin), 3),
             post_copy=follow,
-            ahead=prepared,
+            ahead=prepared is not None,
         )
         return capsule
 
@@ -175,7 +191,13 @@ class Restorer:
         return self._pager.opened()
 
     def _bring_back(
-        self, run: Run, shim: Shim, checkpoint: Checkpoint, images: Path, pages: socket.socket | None
+        self,
+        run: Run,
+        shim: Shim,
+        checkpoint: Checkpoint,
+        images: Path,
+        pages: socket.socket | None,
+        looked: Looked | None,
     ) -> Capsule:
         meta = checkpoint.meta
         if run.mom is not None:
@@ -192,6 +214,7 @@ class Restorer:
             tcp=self._config.checkpoint.tcp,
             inherit=inherit,
             pages=pages,
+            looked=looked,
         )
         inherited = {fd for fd, _ in inherit}
         run.passed = [entry for entry in passed if entry["fd"] in inherited]

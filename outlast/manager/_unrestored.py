@@ -1,4 +1,4 @@
-"""Checkpoints that could not be restored: kept from going with age, until a restore shows that the cause has passed."""
+"""Checkpoints that could not be restored: kept, whatever their age, until a restore shows that the cause is over."""
 
 from __future__ import annotations
 
