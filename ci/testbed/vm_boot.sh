@@ -28,8 +28,11 @@ done
 # The hardware address is made of the network address, as that of a host in namespaces is.
 hardware() { printf '02:00:%02x:%02x:%02x:%02x' "${1%%.*}" "$(cut -d. -f2 <<<"$1")" "$(cut -d. -f3 <<<"$1")" "${1##*.}"; }
 # On a busy machine a kernel may find its timer dead and give up, and measures the processor's frequency wrongly: its
-# clock would leave this machine's by seconds.
+# clock would leave this machine's by seconds. Linux >= 6.19 asks for directory delegations, and NFS-Ganesha < 9.11 calls
+# that an illegal operation instead of one that it has not: a directory now and then cannot be opened, EREMOTEIO
+# (nfs-ganesha issue 1385).
 words=(rootfstype=virtiofs root=root rw console=ttyS0 quiet panic=-1 no_timer_check notsc
+	nfsv4.directory_delegations=0
 	init=/usr/local/lib/testbed/vm_init.sh
 	"testbed.host=$host" "testbed.role=$role" "testbed.address=$address" "testbed.console=$console")
 exec chroot "$tools" qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot \
