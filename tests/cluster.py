@@ -152,13 +152,14 @@ class Cluster:
 
     def mend(self) -> None:
         """Bring all hosts back, end all jobs, and wait until every node is idle."""
+        within = 300 if (self.state / "machines").exists() else 60
         for host in json.loads(self.testbed("status", "--json"))["hosts"]:
             if host["cut"]:
                 self.testbed("heal", host["host"])
             if host["state"] == "down":
-                self.testbed("start-node", host["host"])
-        self.on("ctl", "scancel", "--user=alice")
-        eventually(lambda: self.idle() == set(NODES), within=60, what="all nodes idle")
+                self.testbed("start-node", host["host"], within=within)
+        self.on("ctl", "scancel", "--user=alice", within=within)
+        eventually(lambda: self.idle() == set(NODES), within=within, what="all nodes idle")
 
     def idle(self) -> set[str]:
         """The nodes that Slurm would give to a job, and that have none."""
