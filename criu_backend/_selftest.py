@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from criu_backend._capsule import HELPER, Capsule, CapsuleError, Context, start_capsule
 from criu_backend._criu import Criu
@@ -101,13 +102,14 @@ def self_test(criu: Criu | None = None, cache: Path = CACHE) -> SelfTest:
     """
     criu = criu or Criu()
     cache.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with cache.with_suffix(".lock").open("w") as lock:
+    with cache.with_suffix(".lock").open("a+") as lock:
         asked = time.time()
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = known_self_test(criu, cache)
         if known is not None and cache.stat().st_mtime > asked:
             return known
-        result = SelfTest(_key(criu), tuple(_trials(criu)))
+        _clear_away(lock)
+        result = SelfTest(_key(criu), tuple(_trials(criu, lock)))
         fresh = cache.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(result)))
         fresh.rename(cache)
@@ -145,13 +147,22 @@ def _digest(file: Path) -> str:
         return ""
 
 
-def _trials(criu: Criu) -> Iterator[Trial]:
+def _trials(criu: Criu, places: TextIO) -> Iterator[Trial]:
     for mode in reversed(LADDER):
         with tempfile.TemporaryDirectory(prefix="outlast-canary-") as name:
+            print(name, file=places, flush=True)
             try:
                 yield Trial(mode, None, _try(criu, mode, Path(name)))
             except (CriuError, CapsuleError, OSError, _Failure) as error:
                 yield Trial(mode, str(error))
+
+
+def _clear_away(places: TextIO) -> None:
+    """Remove what is left of self-tests that were not finished, by the places that they noted in *places*."""
+    places.seek(0)
+    for name in places.read().splitlines():
+        shutil.rmtree(name, ignore_errors=True)
+    places.truncate(0)
 
 
 class _Failure(Exception):
@@ -199,14 +210,16 @@ def _context(place: Path, closing: contextlib.ExitStack) -> Context:
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     closing.callback(mine.close)
     with theirs:
+        # It ends with this process, however that ends, and the canary with it: managers await no self-test.
         peer = subprocess.Popen(
-            ["sleep", str(5 * _SECONDS)],
-            stdin=subprocess.DEVNULL,
+            ["cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             cwd=place,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
         )
-    closing.callback(peer.wait)
+    closing.enter_context(peer)
     closing.callback(peer.kill)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     closing.callback(os.close, null)

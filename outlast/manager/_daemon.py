@@ -505,6 +505,8 @@ class Manager:
     def _fence(self, error: LeaseLost) -> None:
         """End this copy of the job: another, of a later run, goes on elsewhere."""
         self._leased.clear()
+        if self._holding is not None:
+            self._holding.end()  # that its guard ends with it does not mean that it goes on
         self._events.add("fenced", f"this copy of the job is ended: {error}")
         if self._run is not None and self._run.capsule is not None:
             self._run.capsule.kill()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,6 +265,42 @@ def test_self_test_passes_on_every_rung_and_is_remembered(tmp_path: Path) -> Non
     assert known_self_test(cache=cache) == result
     assert best_mode("auto", cache=cache) == ("forked", None)
     assert best_mode("plain", cache=cache) == ("plain", None)
+
+
+def in_place(place: Path) -> list[int]:
+    """The processes whose working directory is *place*."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == place:
+                found.append(int(process.name))
+    return found
+
+
+def test_self_test_whose_process_is_killed_leaves_no_process_and_the_next_removes_its_files(
+    tmp_path: Path,
+) -> None:
+    cache = tmp_path / "selftest.json"
+    slow = tmp_path / "criu"
+    slow.write_text('#!/bin/sh\n[ "$1" != dump ] || exec sleep 600\nexec criu "$@"\n')
+    slow.chmod(0o755)
+    code = f"from criu_backend import *; self_test(Criu({str(slow)!r}), __import__('pathlib').Path({str(cache)!r}))"
+    tester = subprocess.Popen([sys.executable, "-c", code])
+    lock = cache.with_suffix(".lock")
+    eventually(lambda: lock.exists() and lock.read_text().endswith("\n"), "the canary's place", seconds=60)
+    place = Path(lock.read_text().strip())
+    eventually(lambda: (place / "images0").exists(), "the canary's dump", seconds=60)
+    before = in_place(place)
+    tester.kill()
+    tester.wait()
+    eventually(lambda: not in_place(place), "the canary's end", seconds=60)
+    left = place.exists()
+    result = self_test(cache=cache)
+
+    assert before
+    assert left
+    assert not place.exists()
+    assert result.problem("plain") is None
 
 
 def test_self_test_of_another_kernel_does_not_count(tmp_path: Path) -> None:

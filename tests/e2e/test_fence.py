@@ -51,6 +51,8 @@ def test_a_copy_that_is_cut_off_stops_before_the_next_begins_and_never_goes_on(
     assert_one_copy(job, first)
     stopped = max(line.time for line in clocked.lost_lines(job) if line.host == first)
     assert stopped - cut < TTL + 1.5
+    assert job.history("frozen")
+    assert job.history("thawed") == []
     clocked.assert_whole(job)
     assert job.restarts == 1
 

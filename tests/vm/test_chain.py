@@ -30,6 +30,9 @@ exit 7
 # Until there is a file "stop": how long it takes is no matter of the machine's speed.
 COUNTING = "i=0; while [ ! -e stop ]; do i=$((i + 1)); echo $i; sleep 1; done"
 
+# Has nothing to write while it is cut off, which its node would send once healed: docs/operate.md, "Homes on NFS".
+HOLDING = "i=0; while [ ! -e stop ]; do i=$((i + 1)); sleep 1; done; echo $i"
+
 Tested = dict[str, dict[str, str]]  # of each node the verdict on each way of dumping
 
 
@@ -157,7 +160,7 @@ def test_forked_image_of_one_kernel_is_restored_on_another(vms: Cluster, self_te
 
 
 def test_node_that_is_cut_off_stops_its_job_before_another_begins(vms: Cluster) -> None:
-    job = vms.submit(COUNTING, checkpoint="5s")
+    job = vms.submit(HOLDING, checkpoint="5s")
     job.wait_for("checkpoint", count=2, within=LONG)
     first = job.node
     vms.testbed("cut", first)
@@ -167,6 +170,8 @@ def test_node_that_is_cut_off_stops_its_job_before_another_begins(vms: Cluster) 
     finally:
         vms.testbed("heal", first)
     eventually(lambda: vms.left(first, job.id) == [], within=LONG, what="the old copy gone")
+    # Slurm asks a node that was down only at every 20th ping. An operator would not wait; it may be back just now.
+    vms.try_on("ctl", "scontrol", "update", f"NodeName={first}", "State=RESUME")
     end = stop(job)
 
     assert frozen.node == first
@@ -174,5 +179,5 @@ def test_node_that_is_cut_off_stops_its_job_before_another_begins(vms: Cluster) 
     assert again.time > frozen.time
     assert job.history("thawed") == []
     assert end == ("COMPLETED", "0:0")
-    assert_counted(job)
+    assert len(job.lines()) == 1
     assert job.restarts == 1
