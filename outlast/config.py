@@ -25,6 +25,11 @@ def _parse_size(key: str, text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
 
 
+def _check_timeout(seconds: float) -> None:
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError(f"timeout = {seconds:g}: must be 0.1 to 3600 seconds")
+
+
 @dataclasses.dataclass(frozen=True)
 class OtherStore:
     """A [store.other.NAME] table: a further store, for the checkpoints of some jobs.
@@ -39,14 +44,18 @@ class OtherStore:
     jobs: str = ""  # names of jobs
     identity: str = ""
     known_hosts: str = ""
+    key: str = ""
     quota: str = ""
     user_quota: str = ""
+    timeout: float = 0.0  # 0: as in [store]
 
     def __post_init__(self) -> None:
         if not self.url:
             raise ValueError('url = "": must be set: sftp://USER@HOST/DIR or file:///DIR')
         if not (self.partitions or self.users or self.jobs):
             raise ValueError('partitions = "": one of partitions, users and jobs must say whose store it is')
+        if self.timeout:
+            _check_timeout(self.timeout)
         for key in ("quota", "user_quota"):
             _parse_size(key, getattr(self, key) or "0")
 
@@ -74,6 +83,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "openssh", "paramiko"):
             raise ValueError(f'transport = "{self.transport}": must be "auto", "openssh" or "paramiko"')
+        _check_timeout(self.timeout)
         for key in ("quota", "user_quota"):
             _parse_size(key, getattr(self, key) or "0")
         if self.bandwidth and _parse_size("bandwidth", self.bandwidth) < 1 << 16:
@@ -114,6 +124,8 @@ class StoreConfig:
             url=other.url,
             identity=Path(other.identity or self.identity),
             known_hosts=Path(other.known_hosts or self.known_hosts),
+            key=Path(other.key or self.key),
+            timeout=other.timeout or self.timeout,
             quota=other.quota or self.quota,
             user_quota=other.user_quota or self.user_quota,
             local="",

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from criu_backend import Criu, CriuError, pycriu_version, self_test
 from outlast.config import Config, read_config
-from outlast.errors import ConfigError, OutlastError
-from outlast.store import open_store, read_keyring
+from outlast.errors import ConfigError
 
 _SHIM = Path("/usr/libexec/outlast/outlast-shim")
 _HELPER = Path("/usr/libexec/outlast/outlast-capsule")
@@ -39,6 +38,8 @@ class Finding:
 
 def examine(path: Path) -> list[Finding]:
     """Look at all that this machine needs for its part: a node, a controller or a login node."""
+    from outlast import doctor_store
+
     try:
         config = read_config(path)
     except ConfigError as error:
@@ -48,7 +49,7 @@ def examine(path: Path) -> list[Finding]:
     readable = os.access(config.store.identity, os.R_OK) or not config.store.url.startswith("sftp:")
     # A login node needs no key; and a user who may not read it learns nothing from its absence.
     if readable or (os.geteuid() == 0 and has_daemon):
-        findings += _store(config)
+        findings += doctor_store.stores(config)
     else:
         fact = f"not looked at: {config.store.identity} cannot be read"
         findings.append(Finding("warn", "store", fact, "run 'outlast doctor' as root"))
@@ -67,20 +68,6 @@ def examine(path: Path) -> list[Finding]:
 
         findings += doctor_slurm.examine(scontrol, config)
     return findings
-
-
-def _store(config: Config) -> Iterator[Finding]:
-    where = config.store.url
-    key = config.store.identity
-    if where.startswith("sftp:") and key.exists() and key.stat().st_mode & 0o077:
-        yield Finding("FAIL", "store key", f"{key} can be read by others", f"chmod 600 {key}")
-    try:
-        with open_store(config.store) as store:
-            leases = store.leases(config.cluster)
-    except OutlastError as error:
-        yield Finding("FAIL", "store", f"{where}: {error}", error.hint or "")
-    else:
-        yield Finding("ok", "store", f"{where} answers and can be written; {len(leases)} jobs hold a lease")
 
 
 def _node(config: Config) -> Iterator[Finding]:
@@ -110,7 +97,10 @@ def _node(config: Config) -> Iterator[Finding]:
             yield Finding("ok", "kernel", f"{os.uname().release}: criu check is content")
             yield from _self_test(criu)
     if os.geteuid() == 0 and _runs_jobs():
-        yield _data_key(config)
+        from outlast import doctor_store
+
+        yield from doctor_store.keys(config)
+        yield from doctor_store.own_directory(config)
     for program in (_SHIM, _HELPER):
         if os.access(program, os.X_OK):
             yield Finding("ok", program.name, str(program))
@@ -149,18 +139,6 @@ def _runs_jobs() -> bool:
     host = socket.gethostname().split(".")[0]
     asked = ["scontrol", "show", "node", host]
     return subprocess.run(asked, capture_output=True, timeout=_COMMAND_SECONDS).returncode == 0
-
-
-def _data_key(config: Config) -> Finding:
-    try:
-        keyring = read_keyring(config.store.key)
-    except ConfigError as error:
-        return Finding("FAIL", "data key", str(error), error.hint or "all nodes need the same key file")
-    older = len(keyring.keys) - 1
-    fact = f"{config.store.key}: {keyring.newest} encrypts" + (
-        f", {older} older can be read" if older else ""
-    )
-    return Finding("ok", "data key", fact)
 
 
 def _self_test(criu: Criu) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
     sub = verb("init", _init)
     sub.add_argument("--rotate", action="store_true", help="encrypt with a fresh key from now on")
+    sub.add_argument("--of", metavar="NAME", default="", help="that of the further store NAME")
     sub = verb("check", _check)
     sub.add_argument("job", nargs="?", metavar="JOB", help="only this job's")
     sub.add_argument("--read-data", action="store_true", help="read and verify every stored page, too")
@@ -89,7 +90,12 @@ def _init(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """
     from outlast.store import add_key, read_keyring
 
-    path = config.store.key
+    if args.of and args.of not in config.store.other:
+        raise UsageError(
+            f"store {args.of!r}: not in the configuration",
+            hint=f"the further stores are: {', '.join(config.store.other) or 'none'}",
+        )
+    path = config.store.named(args.of).key if args.of else config.store.key
     made = args.rotate or not path.exists()
     if made:
         add_key(path)

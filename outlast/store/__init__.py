@@ -68,7 +68,7 @@ def open_store(
     others = {}
     for name in config.other:
         other = config.named(name)
-        others[name] = (_backend(other), _quota(other))
+        others[name] = (_backend(other), _keyring(other), _quota(other))
     tier = None
     if node and config.local and _is_fit(Path(config.local)):
         tier = Tier(Path(config.local), node, lambda: open_store(config), told, turn)

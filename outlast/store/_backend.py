@@ -100,6 +100,9 @@ class Backend(Protocol):
     def clock(self) -> float:
         """Return the time by the clock that stamps mtimes, in seconds, rounded down to `mtime_step`."""
 
+    def free(self) -> int | None:
+        """Return how many bytes there is room for, or None where the server cannot say."""
+
     def close(self) -> None:
         """Let go of connections and files; the next call opens them again."""
 

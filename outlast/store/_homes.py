@@ -40,14 +40,13 @@ class Homes:
         backend: Backend,
         keyring: Keyring | ConfigError,
         quota: Quota,
-        others: Mapping[str, tuple[Backend, Quota]],
+        others: Mapping[str, tuple[Backend, Keyring | ConfigError, Quota]],
         tier: Tier | None,
     ) -> None:
         """See `Store`."""
-        self._keyring = keyring
         self._tier = tier
-        self.main = self._at("store", backend, quota)
-        self.others = {name: self._at(name, one, limit) for name, (one, limit) in others.items()}
+        self.main = self._at("store", backend, keyring, quota)
+        self.others = {name: self._at(name, *one) for name, one in others.items()}
 
     def called(self, name: str, job: JobKey) -> Home:
         """Return the home *name*, "" for the main one, which is that of *job*. Raises ConfigError."""
@@ -66,12 +65,12 @@ class Homes:
         for home in (self.main, *self.others.values()):
             home.backend.close()
 
-    def _at(self, name: str, backend: Backend, quota: Quota) -> Home:
+    def _at(self, name: str, backend: Backend, keyring: Keyring | ConfigError, quota: Quota) -> Home:
         foresight = Foresight(backend)
         marked = cast(Backend, Marked(cast(Backend, foresight)))
-        behind = here = Checkpoints(marked, self._keyring, quota)
+        behind = here = Checkpoints(marked, keyring, quota)
         front = None
         if self._tier is not None:
             front = TieredBackend(self._tier.local, marked)
-            here = Checkpoints(cast(Backend, front), self._keyring, quota)
+            here = Checkpoints(cast(Backend, front), keyring, quota)
         return Home(name, marked, here, behind, Upkeep(marked), foresight, front)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -206,6 +207,11 @@ class LocalBackend:
                 self._path(name).unlink()
             os.pwrite(self._clock, b"\n", 0)
             return os.fstat(self._clock).st_mtime
+
+    def free(self) -> int | None:
+        """See `Backend.free`."""
+        with self._errors("asking for free space"):
+            return shutil.disk_usage(self._root).free
 
     def close(self) -> None:
         """See `Backend.close`."""

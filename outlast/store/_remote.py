@@ -198,6 +198,11 @@ class SftpBackend:
                 _wire.check(*next(replies))
                 return float(_wire.attributes(*next(replies)).mtime)
 
+    def free(self) -> int | None:
+        """See `Backend.free`."""
+        with self._session("asking for free space"):
+            return self._free()
+
     def close(self) -> None:
         """See `Backend.close`."""
         self._held.clear()
@@ -381,20 +386,17 @@ class SftpBackend:
         wire = self._wire_
         if wire is None or wire.lost or b"statvfs@openssh.com" not in wire.extensions:
             return None
-        try:
+        with contextlib.suppress(Status, Lost, struct.error):
             numbers = _STATVFS.unpack_from(wire.extended("statvfs@openssh.com", self.root + "/."))
-        except (Status, Lost, struct.error):
-            return None
-        return int(numbers[1] * numbers[4])
+            return int(numbers[1] * numbers[4])
+        return None
 
 
-# The rest of a WRITE of one byte at the file's start: offset, length, byte.
-_ONE_BYTE = struct.pack(">QI", 0, 1) + b"\n"
+_ONE_BYTE = struct.pack(">QI", 0, 1) + b"\n"  # the rest of a WRITE of one byte at a file's start
 
 
 def _mode(wire: Wire, path: str) -> int:
     """Return the st_mode of *path*; 0 where there is none."""
-    try:
+    with contextlib.suppress(Status):
         return wire.lstat(path).mode
-    except Status:
-        return 0
+    return 0

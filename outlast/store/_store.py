@@ -42,7 +42,7 @@ class Store(Journal):
         keyring: Keyring | ConfigError,
         quota: Quota | None = None,
         *,
-        others: Mapping[str, tuple[Backend, Quota]] | None = None,
+        others: Mapping[str, tuple[Backend, Keyring | ConfigError, Quota]] | None = None,
         tier: Tier | None = None,
     ) -> None:
         """*keyring*: the data keys, or why there are none here: checkpoints can then only be listed.
@@ -283,6 +283,10 @@ class Store(Journal):
             return mine
         there = home.upkeep.usage(_job(job))
         return Usage(mine.stored_bytes + there.stored_bytes, min(mine.idle, there.idle))
+
+    def free(self) -> int | None:
+        """Return how many bytes the main store has room for, or None where its server cannot say."""
+        return self._backend.free()
 
     def prune(
         self,

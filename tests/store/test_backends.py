@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -56,6 +57,15 @@ def test_files_and_directories_are_their_owners_alone(backend: Backend, top: Pat
 
     assert (top / "some").stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (top / "some").iterdir()} == {0o600}
+
+
+def test_free_room_is_the_disks_where_the_server_can_tell(
+    backend: Backend, small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    backend.create("some/file", [bytes(1 << 20)])
+    tells = "bare" not in request.node.callspec.params["server"]
+
+    assert backend.free() == (shutil.disk_usage(small_disk).free if tells else None)
 
 
 def test_name_that_is_taken_is_refused_and_its_file_untouched(backend: Backend, top: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from outlast.config import OtherStore, StoreConfig
 from outlast.errors import ConfigError, StoreRefused
 from outlast.model import CheckpointId, JobKey
-from outlast.store import open_store
+from outlast.store import KeyMissing, add_key, open_store
 
 FIRST, SECOND = CheckpointId(0, 1), CheckpointId(0, 2)
 
@@ -176,3 +176,22 @@ def test_other_store_takes_from_the_main_one_what_it_does_not_say() -> None:
 
     assert (alice.url, alice.quota_bytes, alice.identity) == ("file:///d", 5 << 30, Path("/k"))
     assert (gpu.quota_bytes, gpu.local, gpu.other) == (1 << 30, "", {})
+
+
+def test_store_with_a_key_of_its_own_needs_that_and_no_other(
+    config: StoreConfig, job: JobKey, source: Path, fast: Path, tmp_path: Path
+) -> None:
+    add_key(tmp_path / "fast.key")
+    other = OtherStore(url=f"file://{fast}", partitions="gpu*", key=str(tmp_path / "fast.key"))
+    mine = JobKey("testbed", "18")
+    with open_store(dataclasses.replace(config, other={"fast": other})) as store:
+        store.put_record(job, "start", {"uid": 2000, "store": "fast"})
+        store.put_record(mine, "start", {"uid": 2000, "store": ""})
+        store.publish(job, FIRST, source, {})
+        store.publish(mine, FIRST, source, {})
+        store.fetch(job, FIRST, tmp_path / "fetched")
+    other = dataclasses.replace(other, key="")
+    with open_store(dataclasses.replace(config, other={"fast": other})) as store:
+        store.verify(mine, FIRST)
+        with pytest.raises(KeyMissing):
+            store.checkpoints(job)

@@ -90,6 +90,11 @@ def test_further_stores_come_by_name_from_all_files_in_their_order(main: Path) -
             [':4: [store.other.fast] quota = "x"'],
         ),
         ('[store.other."a b"]\nurl = "file:///x"\njobs = "a"\n', ['other = "a b": must be a name']),
+        ("[store]\ntimeout = 0.0\n", [":2: [store] timeout = 0: must be 0.1 to 3600 seconds"]),
+        (
+            '[store.other.fast]\nurl = "file:///x"\njobs = "a"\ntimeout = 9999.0\n',
+            [":4: [store.other.fast] timeout = 9999: must be 0.1 to 3600 seconds"],
+        ),
         ('[store]\nlocal = "nvme"\n', [':2: [store] local = "nvme": must be a path from the root']),
         ('[store]\nuser_quota = "many"\n', [':2: [store] user_quota = "many"']),
     ],
