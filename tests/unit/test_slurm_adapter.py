@@ -3,7 +3,9 @@
 tests/unit/data holds the output of the adapter's own two commands, cut down to a part of the fields, on a
 cluster of three nodes whose n1 lost its power: before it (running), when Slurm had marked it as not
 responding (silent), when it was down (lost), and when a task of an array had been requeued by hand
-(requeued). schema-0.0.40 is the same cluster asked for the older schema, that of Slurm 23.11.
+(requeued). schema-0.0.40 is the same cluster asked for the older schema, that of Slurm 23.11. schema-0.0.45 is what
+a real slurmctld 26.05.5 printed, before n1 was set down (running) and after it (lost); schema-0.0.43 and 44, those
+of 25.05 and 25.11, what it printed when asked for them.
 """
 
 import json
@@ -18,13 +20,14 @@ from hypothesis import strategies as st
 from outlast.errors import ConfigError, OutlastError
 from outlast.model import JobState, SchedulerJob
 from outlast.scheduler import SchedulerRefused, SchedulerUnavailable, slurm
+from outlast.scheduler import _slurm_text as text
 from outlast.scheduler.hostlist import expand
 
 DATA = Path(__file__).parent / "data"
 
 
 def jobs(capture: str) -> dict[str, SchedulerJob]:
-    return {job.job_id: job for job in slurm.parse_jobs((DATA / f"{capture}.jobs.json").read_text())}
+    return {job.job_id: job for job in text.parse_jobs((DATA / f"{capture}.jobs.json").read_text())}
 
 
 def with_first_job(capture: str, **fields: object) -> str:
@@ -114,10 +117,66 @@ def test_the_schema_of_slurm_23_11_reads_the_same() -> None:
     assert old["4"].required == ("n1",)
 
 
-def test_a_state_that_is_one_text_is_read() -> None:
-    (job,) = slurm.parse_jobs(
-        with_first_job("running", job_state="RUNNING", array_job_id=12, array_task_id=0)
+@pytest.mark.parametrize("schema", ["0.0.43", "0.0.44", "0.0.45"])
+def test_the_schemas_of_later_slurms_read_the_same(schema: str) -> None:
+    lost = jobs(f"schema-{schema}.lost")
+
+    assert {job_id: job.raw_state for job_id, job in lost.items()} == {
+        "1": "COMPLETED",
+        "2": "FAILED",
+        "3": "CANCELLED",
+        "4": "PENDING",
+        "5": "NODE_FAIL",
+        "6": "RUNNING",
+        "7": "PENDING",
+        "8": "PENDING",
+        "9": "RUNNING",
+        "10": "PENDING",
+    }
+    assert lost["4"] == SchedulerJob(
+        job_id="4",
+        state=JobState.PENDING,
+        raw_state="PENDING",
+        epoch=1,
+        nodes=(),
+        uid=2000,
+        name="runner",
+        required=("n1",),
+        handle="4",
+        begin=lost["4"].begin,
+        end=lost["4"].end,
+        partition="main",
     )
+    assert (lost["6"].handle, lost["6"].nodes, lost["6"].excluded) == ("6_2", ("n2",), ("n1",))
+    assert not lost["5"].requeueable
+    assert lost["7"].begin > lost["4"].begin > 1.7e9
+    found = text.parse_nodes((DATA / f"schema-{schema}.lost.nodes.json").read_text())
+    assert [(node.name, node.up, node.port) for node in found] == [
+        ("n1", False, 7001),
+        ("n2", True, 7002),
+        ("n3", True, 7003),
+    ]
+
+
+def test_a_running_task_of_an_array_is_read_whole_in_the_newest_schema() -> None:
+    assert jobs("schema-0.0.45.running")["9"] == SchedulerJob(
+        job_id="9",
+        state=JobState.RUNNING,
+        raw_state="RUNNING",
+        epoch=0,
+        nodes=("n2",),
+        uid=2000,
+        name="arr",
+        excluded=("n1",),
+        handle="6_0",
+        begin=jobs("schema-0.0.45.running")["9"].begin,
+        end=jobs("schema-0.0.45.running")["9"].end,
+        partition="main",
+    )
+
+
+def test_a_state_that_is_one_text_is_read() -> None:
+    (job,) = text.parse_jobs(with_first_job("running", job_state="RUNNING", array_job_id=12, array_task_id=0))
 
     assert (job.state, job.handle) == (JobState.RUNNING, "12_0")
 
@@ -140,7 +199,7 @@ def test_a_state_that_is_one_text_is_read() -> None:
     ],
 )
 def test_states_with_flags_are_folded(words: list[str], state: JobState) -> None:
-    (job,) = slurm.parse_jobs(with_first_job("running", job_state=words))
+    (job,) = text.parse_jobs(with_first_job("running", job_state=words))
 
     assert job.state is state
 
@@ -150,14 +209,14 @@ def test_states_with_flags_are_folded(words: list[str], state: JobState) -> None
 )
 def test_an_unknown_job_state_is_refused(words: object) -> None:
     with pytest.raises(OutlastError, match="job 1 is in the unknown state"):
-        slurm.parse_jobs(with_first_job("running", job_state=words))
+        text.parse_jobs(with_first_job("running", job_state=words))
 
 
 def test_nodes_are_read() -> None:
     seen = {
         capture: [
             (node.name, node.up, node.responding)
-            for node in slurm.parse_nodes((DATA / f"{capture}.nodes.json").read_text())
+            for node in text.parse_nodes((DATA / f"{capture}.nodes.json").read_text())
         ]
         for capture in ("running", "silent", "lost", "schema-0.0.40")
     }
@@ -172,7 +231,7 @@ def test_nodes_are_read() -> None:
 
 
 def test_a_node_is_asked_where_its_slurmd_listens() -> None:
-    (node,) = slurm.parse_nodes(with_first_node(address="198.18.0.11", port=7003))
+    (node,) = text.parse_nodes(with_first_node(address="198.18.0.11", port=7003))
 
     assert (node.address, node.port) == ("198.18.0.11", 7003)
 
@@ -190,7 +249,7 @@ def test_a_node_is_asked_where_its_slurmd_listens() -> None:
     ],
 )
 def test_a_node_is_up_unless_it_is_down_failed_or_off(words: object, up: bool) -> None:
-    (node,) = slurm.parse_nodes(with_first_node(state=words))
+    (node,) = text.parse_nodes(with_first_node(state=words))
 
     assert node.up is up
 
@@ -198,7 +257,7 @@ def test_a_node_is_up_unless_it_is_down_failed_or_off(words: object, up: bool) -
 @pytest.mark.parametrize("words", [["MELTED"], ["IDLE", "MELTED"], ["IDLE", "DOWN"], ["DRAIN"], []])
 def test_an_unknown_node_state_is_refused(words: object) -> None:
     with pytest.raises(OutlastError, match="node n1 is in the unknown state"):
-        slurm.parse_nodes(with_first_node(state=words))
+        text.parse_nodes(with_first_node(state=words))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +265,7 @@ def test_an_unknown_node_state_is_refused(words: object) -> None:
 )
 def test_output_of_another_form_is_refused(output: str) -> None:
     with pytest.raises(OutlastError, match="squeue: "):
-        slurm.parse_jobs(output)
+        text.parse_jobs(output)
 
 
 @pytest.mark.parametrize(
@@ -238,15 +297,15 @@ def test_a_hostlist_of_single_numbers_keeps_their_width(numbers: list[int], widt
 
 
 def test_commands_name_the_job_and_the_whole_list_of_nodes() -> None:
-    assert slurm.requeue_command("6_1") == ["scontrol", "requeue", "6_1"]
-    assert slurm.exclude_command(["6_1"], ["n1", "n3"]) == [
+    assert text.requeue_command("6_1") == ["scontrol", "requeue", "6_1"]
+    assert text.exclude_command(["6_1"], ["n1", "n3"]) == [
         "scontrol",
         "update",
         "JobId=6_1",
         "ExcNodeList=n1,n3",
     ]
-    assert slurm.exclude_command(["4"], []) == ["scontrol", "update", "JobId=4", "ExcNodeList="]
-    assert slurm.mark_down_command(["n1"], "no answer") == [
+    assert text.exclude_command(["4"], []) == ["scontrol", "update", "JobId=4", "ExcNodeList="]
+    assert text.mark_down_command(["n1"], "no answer") == [
         "scontrol",
         "update",
         "NodeName=n1",
@@ -258,7 +317,7 @@ def test_commands_name_the_job_and_the_whole_list_of_nodes() -> None:
 def test_slurm_user_is_found() -> None:
     output = "SlurmSchedLogLevel      = 0\nSlurmUser               = slurm(64030)\nSlurmdDebug = debug\n"
 
-    assert slurm.parse_slurm_user(output) == 64030
+    assert text.parse_slurm_user(output) == 64030
 
 
 @pytest.fixture
