@@ -18,7 +18,7 @@ from outlast.policy import parse_choice
 from outlast.scheduler import Scheduler, SchedulerUnavailable
 from outlast.store import Store, open_store
 from outlast.watcher.actions import BOUND, POLICY
-from outlast.watcher.loop import STREAM
+from outlast.watcher.notes import STREAM
 
 # Connections to the store that are kept open between requests.
 _IDLE_STORES = 4

@@ -31,7 +31,7 @@ class Figures:
 
     def text(self) -> str:
         """Return the figures as Prometheus reads them."""
-        acted = sorted(self._loop.acted.copy().items())
+        acted = sorted(self._loop.notes.acted.copy().items())
         return render(
             [
                 Family("outlast_build_info", "gauge", "Always 1.", [({"version": outlast.__version__}, 1)]),

@@ -7,20 +7,17 @@ import functools
 import logging
 import os
 import select
-import socket
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from outlast.config import Config
-from outlast.model import SITE, JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
+from outlast.model import JobKey, JobState, Lease, LeaseView, SchedulerJob, SchedulerNode
 from outlast.scheduler import Scheduler, SchedulerRefused
 from outlast.store import Store
 from outlast.watcher.actions import (
     Action,
     Decision,
-    Done,
     DropLease,
     Evacuate,
     Exclude,
@@ -38,11 +35,10 @@ from outlast.watcher.actions import (
 from outlast.watcher.crashes import past_of, resume
 from outlast.watcher.decisions import decide, is_late, suspects
 from outlast.watcher.hearing import Hearing
+from outlast.watcher.notes import Notes
 from outlast.watcher.probe import Prober
 
 log = logging.getLogger(__name__)
-
-STREAM = "watcher"
 
 T = TypeVar("T")
 
@@ -52,8 +48,6 @@ _JOBS_AT_ONCE = 256
 _ACT_SECONDS = 1.0
 # How many crashed jobs are looked up in the store in one cycle.
 _PASTS_AT_ONCE = 20
-# How long the store is told in one cycle what was done: where much was, acting on it goes first.
-_SAY_SECONDS = 0.3
 
 # Seconds until the scheduler is looked at again where nothing gives cause to: a lease that has not run out
 # says that its job runs, and a query for all jobs each second would be a load on the scheduler.
@@ -98,17 +92,12 @@ class Loop:
         self._prober = Prober(0.0)
         self._hearing = Hearing()
         self._fences: dict[Lease, float] = {}  # until when they stand (time.monotonic())
-        self._done: list[Done] = []
-        self._recalled: set[str] = set()
-        self._unsaid: deque[tuple[JobKey, Mapping[str, Any]]] = deque()
+        self.notes = Notes(store, config.cluster)
         self._settled: frozenset[Run] = frozenset()
         self._pasts: dict[Run, Past] = {}
         self._nodes = 0  # of the cluster
         self._looked = -_LOOK_SECONDS
         self.leases: tuple[LeaseView, ...] = ()
-        self.acted: Counter[tuple[str, bool]] = (
-            Counter()
-        )  # what was done: the event, and whether it was refused
 
     def cycle(self, *, look: bool = False, again: bool = False) -> tuple[Decision, ...]:
         """Look once, decide, and act. *look*: ask the scheduler even where no lease gives cause to.
@@ -120,7 +109,7 @@ class Loop:
         try:
             self._listen()
             self._lift_fences()
-            self._say()
+            self.notes.say()
             if not self.leases or not (look or self._cause_to_look()):
                 self._prober.forget()
                 return ()
@@ -136,10 +125,10 @@ class Loop:
             if isinstance(decision, Leave):
                 log.debug("job %s: %s", decision.run.job_id, decision.reason)
                 if decision.tell:
-                    self._record(decision.tell, (decision.run,), decision.reason)
+                    self.notes.record(decision.tell, (decision.run,), decision.reason)
         self._act(decisions)
         self._settle(snapshot, decisions)
-        self._say()
+        self.notes.say()
         if any(isinstance(decision, MarkDown) for decision in decisions) and not again:
             # The jobs are pending now, and would wait for the next cycle to be sent elsewhere.
             return decisions + self.cycle(look=True, again=True)
@@ -184,7 +173,7 @@ class Loop:
             jobs,
             nodes,
             probes,
-            tuple(self._done),
+            tuple(self.notes.done),
             dict(self._hearing.quiet),
             self._look_up_crashes(jobs),
         )
@@ -203,18 +192,17 @@ class Loop:
         jobs, nodes = self._scheduler.jobs(), self._scheduler.nodes()
         if not self._nodes and nodes:
             self._nodes = len(nodes)
-            self._tell_site("watching", "")
+            self.notes.tell_site("watching", "", self._nodes)
         self._nodes = len(nodes) or self._nodes
         self._looked = time.monotonic()
         return jobs, nodes
 
     def _with_done(self, old: Snapshot) -> Snapshot:
-        return dataclasses.replace(old, done=tuple(self._done))
+        return dataclasses.replace(old, done=tuple(self.notes.done))
 
     def _forget_gone(self, jobs: tuple[SchedulerJob, ...]) -> None:
         known = {job.job_id for job in jobs} | {view.lease.job.job_id for view in self.leases}
-        self._done = [one for one in self._done if one.run.job_id in known]
-        self._recalled &= known
+        self.notes.forget_all_but(known)
 
     def _settle(self, snapshot: Snapshot, decisions: tuple[Decision, ...]) -> None:
         """Remember which leases that ran out need no look in every cycle: nothing is to be done for them."""
@@ -239,15 +227,7 @@ class Loop:
             for job in snapshot.jobs
             if (job.excluded or job.required) and job.state is JobState.PENDING
         } & with_lease
-        found = []
-        for job_id in sorted(wanted - self._recalled):
-            for event in self._store.events(JobKey(self._config.cluster, job_id)):
-                if event.get("by") == STREAM:
-                    run = Run(job_id, event["epoch"])
-                    found.append(Done(event["time"], event["event"], run, event["target"], event["refused"]))
-            self._recalled.add(job_id)
-        self._done = found + self._done
-        return bool(found)
+        return self.notes.recall(wanted)
 
     def _act(self, decisions: tuple[Decision, ...]) -> None:
         """Do what was decided, all of a kind at once; each thing may be done twice without harm.
@@ -262,7 +242,7 @@ class Loop:
         if marks:
             self._put_up_fences(marks)
             for mark in marks:
-                self._tell_site("node-lost", mark.node)
+                self.notes.tell_site("node-lost", mark.node, self._nodes)
         moves: dict[tuple[str, ...], list[Exclude | Hasten | Readmit]] = {}
         for one in decisions:
             if isinstance(one, Exclude | Hasten | Readmit):
@@ -290,7 +270,7 @@ class Loop:
             if isinstance(one, Resume) and one.away:
                 # For the next run; it is let have the node again in time, like one that was lost there.
                 then = (Run(one.job.job_id, one.job.epoch + 1),)
-                self._record(Exclude.event, then, "the job crashed there", one.away)
+                self.notes.record(Exclude.event, then, "the job crashed there", one.away)
         for one in decisions:
             if isinstance(one, Evacuate):
                 job = JobKey(self._config.cluster, one.job.job_id)
@@ -307,10 +287,10 @@ class Loop:
             act()
         except SchedulerRefused as error:
             for one in decisions:
-                self._record(one.event, one.runs, f"refused: {error}", one.node, refused=True)
+                self.notes.record(one.event, one.runs, f"refused: {error}", one.node, refused=True)
         else:
             for one in decisions:
-                self._record(one.event, one.runs, one.reason, one.node)
+                self.notes.record(one.event, one.runs, one.reason, one.node)
 
     def _run_again(self, one: Requeue | Resume | Hold) -> None:
         handle = one.job.handle
@@ -349,49 +329,6 @@ class Loop:
             self._store.drop_lease(fence)
             del self._fences[fence]
 
-    def _record(
-        self, event: str, runs: tuple[Run, ...], reason: str, target: str = "", *, refused: bool = False
-    ) -> None:
-        now = time.time()
-        for run in runs:
-            seen = refused and any(
-                (one.event, one.run, one.node, one.refused) == (event, run, target, True)
-                for one in self._done
-            )
-            self._done.append(Done(now, event, run, target, refused))
-            self.acted[event, refused] += 1
-            if refused and seen:
-                continue
-            text = f"{target}: {reason}" if target else reason
-            level = logging.WARNING if refused else logging.INFO
-            fields = {"job_id": run.job_id, "event": event}
-            log.log(level, "job %s: %s: %s", run.job_id, event, text, extra=fields)
-            entry = {
-                "time": now,
-                "node": socket.gethostname().split(".")[0],
-                "event": event,
-                "text": text,
-                "by": STREAM,
-                "epoch": run.epoch,
-                "target": target,
-                "refused": refused,
-            }
-            self._unsaid.append((JobKey(self._config.cluster, run.job_id), entry))
-
-    def _tell_site(self, event: str, node: str) -> None:
-        """Write down what managers estimate the site's failure rate by."""
-        me = socket.gethostname().split(".")[0]
-        entry = {"time": time.time(), "node": me, "event": event, "text": node, "nodes": self._nodes}
-        self._unsaid.append((JobKey(self._config.cluster, SITE), entry))
-
-    def _say(self) -> None:
-        """Append to the jobs' logs what is not yet there; what the store does not take soon waits."""
-        deadline = time.monotonic() + _SAY_SECONDS
-        while self._unsaid and time.monotonic() < deadline:
-            job, entry = self._unsaid[0]
-            self._store.append_events(job, STREAM, [entry])
-            self._unsaid.popleft()
-
 
 def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -405,9 +342,3 @@ def _kept_from(one: Exclude | Hasten | Readmit) -> list[str]:
             return sorted(one.job.excluded)
         case Readmit():
             return sorted({*one.job.excluded} - {one.node})
-
-
-def _done(job_id: str, event: Mapping[str, Any]) -> Done:
-    """Turn an entry of a job's log, as `Loop` writes it, back into what it tells of."""
-    run = Run(job_id, event["epoch"])
-    return Done(event["time"], event["event"], run, event["target"], event["refused"])
