@@ -21,6 +21,7 @@ _SHORT_SLURMD_TIMEOUT = 60
 _LEAST_SLURMD_TIMEOUT = 6
 # A last checkpoint has that long, less 1.5 s.
 _LEAST_KILL_WAIT = 10
+_LEAST_REQUEUES = 100
 
 
 def examine(scontrol: str, config: Config) -> Iterator[Finding]:
@@ -122,6 +123,15 @@ def _timing(settings: dict[str, str]) -> Iterator[Finding]:
             "ProctrackType",
             f"{tracked}: may miss processes when a job is ended",
             "slurm.conf: ProctrackType=proctrack/cgroup",
+        )
+    )
+    most = int(re.match(r"\d+", settings.get("MaxBatchRequeue", "5"))[0])  # type: ignore[index]
+    fact = f"MaxBatchRequeue is {most}: Slurm holds a job for good that has lost more nodes in all its life"
+    yield (
+        Finding("ok", "lost nodes", fact)
+        if most >= _LEAST_REQUEUES
+        else Finding(
+            "warn", "lost nodes", fact, "slurm.conf: MaxBatchRequeue=1000; [restart] budget limits a day"
         )
     )
     if settings.get("JobRequeue", "1") == "0":
