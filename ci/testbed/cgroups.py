@@ -17,9 +17,11 @@ from pathlib import Path
 
 from ci.testbed.layout import TestbedError
 
-# What Slurm's cgroup/v1 plugin needs, and what keeps a job's accounting apart. The memory hierarchy is left
-# alone: an empty memory cgroup stays charged with page cache long after its end.
+# What Slurm's cgroup/v1 plugin needs, and what keeps a job's accounting apart.
 _V1 = frozenset({"freezer", "cpuset", "cpu", "cpuacct", "devices", "pids"})
+# Left alone unless jobs are to be held to their memory: an empty memory cgroup stays charged with page cache
+# long after its end.
+_MEMORY = "memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +37,20 @@ class Hierarchy:
         return self.mount.name if self.controllers else "unified"
 
 
-def hierarchies() -> list[Hierarchy]:
-    """The hierarchies that the testbed uses on this machine.
+def hierarchies(*, memory: bool = False) -> list[Hierarchy]:
+    """The hierarchies that the testbed uses on this machine, with cgroup v1's of *memory* or without.
 
     Raises:
         TestbedError: there is neither a cgroup v1 freezer nor a pure cgroup2.
     """
+    known = _V1 | {_MEMORY} if memory else _V1
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, where, kind, options, *_ = line.split()
         mount = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), where))
         if kind == "cgroup2":
             found.append(Hierarchy(mount, ""))
-        elif kind == "cgroup" and (wanted := [word for word in options.split(",") if word in _V1]):
+        elif kind == "cgroup" and (wanted := [word for word in options.split(",") if word in known]):
             found.append(Hierarchy(mount, ",".join(wanted)))
     found = list({(one.controllers, one.name): one for one in reversed(found)}.values())[::-1]
     v2_only = len(found) == 1 and not found[0].controllers
@@ -64,9 +67,14 @@ def version(found: list[Hierarchy]) -> int:
     return 1 if any(one.controllers for one in found) else 2
 
 
-def create(tag: str, host: str) -> None:
-    """Make the directories of one host."""
-    for one in hierarchies():
+def of(tag: str, host: str) -> list[Hierarchy]:
+    """The hierarchies in which a host has a directory."""
+    return [one for one in hierarchies(memory=True) if (one.mount / tag / host).is_dir()]
+
+
+def create(tag: str, host: str, *, memory: bool = False) -> None:
+    """Make the directories of one host; with *memory* Slurm can hold its jobs to theirs there."""
+    for one in hierarchies(memory=memory):
         base = one.mount / tag
         base.mkdir(exist_ok=True)
         if "cpuset" in one.controllers.split(","):
@@ -102,7 +110,7 @@ def settle(tag: str, host: str) -> None:
 def joins(tag: str, host: str) -> list[Path]:
     """The files in a host's cgroups to which a process of one thread writes "0" to be there from then on."""
     files = []
-    for one in hierarchies():
+    for one in of(tag, host):
         base = one.mount / tag / host
         if one.controllers:
             # Rather than cgroup.procs: to move oneself as a thread takes no lock of the whole machine,
@@ -117,7 +125,7 @@ def joins(tag: str, host: str) -> list[Path]:
 def _directories(tag: str, host: str | None) -> list[Path]:
     """All directories of a host, or of the whole testbed, the deepest first."""
     found = []
-    for one in hierarchies():
+    for one in hierarchies(memory=True):
         top = one.mount / tag / host if host else one.mount / tag
         found += [Path(path) for path, _, _ in os.walk(top, topdown=False)]
     return found

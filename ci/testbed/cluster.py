@@ -35,6 +35,7 @@ def up(
     *,
     languages: bool = False,
     with_machines: bool = False,
+    memory: bool = False,
     patience: float = 60.0,
 ) -> None:
     """Start the cluster and return when the scheduler says that all nodes are idle.
@@ -43,6 +44,7 @@ def up(
         checkout: what to install the product from; None for a cluster without it.
         languages: install more languages on all hosts.
         with_machines: have each node be a virtual machine with a kernel of its own.
+        memory: have Slurm hold each job to its --mem.
         patience: seconds until a cluster that does not come up is given up; eight times as long for machines.
 
     Raises:
@@ -58,6 +60,8 @@ def up(
         machines.require()
         product += " on virtual machines"
         patience *= 8
+    if memory:
+        product += ", jobs held to their memory"
     with locked(layout):
         if layout.up_mark.exists() and switch.ports(layout):
             if layout.up_mark.read_text() != product:
@@ -74,6 +78,8 @@ def up(
             layout.shared.mkdir()
             if more is not None:
                 layout.languages.symlink_to(more)
+            if memory:
+                layout.memory.touch()
             if tools is not None:
                 layout.machines.symlink_to(tools)
             if checkout:

@@ -32,14 +32,14 @@ def start(layout: Layout, name: str, lower: Sequence[Path]) -> None:
     directory = layout.host(name)
     for part in ("upper", "work", "root"):
         (directory / part).mkdir(parents=True, exist_ok=True)
-    cgroups.create(layout.tag, name)
+    cgroups.create(layout.tag, name, memory=layout.memory.exists())
     console = directory / "console.log"
     if layout.is_machine(name):
         init = machines.start(layout, name, lower, console, cut=is_cut(layout, name))
         (directory / "join").write_text("".join(f"{path}\n" for path in cgroups.joins(layout.tag, name)))
         init.write(directory / "pid")
         return
-    found = cgroups.hierarchies()
+    found = cgroups.of(layout.tag, name)
     parent = spawn(
         layout.tag,
         name,

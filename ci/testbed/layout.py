@@ -104,6 +104,11 @@ class Layout:
         """A link to the cached layer with what virtual machines need; absent where no node is one."""
         return self.state / "machines"
 
+    @property
+    def memory(self) -> Path:
+        """Exists where Slurm holds jobs to their memory."""
+        return self.state / "memory"
+
     def is_machine(self, name: str) -> bool:
         """Whether the host is a virtual machine, rather than a set of namespaces."""
         return HOSTS[name].role == "node" and self.machines.exists()
@@ -113,6 +118,7 @@ class Layout:
         return [
             self.up_mark,
             self.machines,
+            self.memory,
             self.shared,
             self.conf,
             self.product,

@@ -71,9 +71,13 @@ def configure(layout: Layout, root: Path) -> None:
     common.file("etc/munge/munge.key", os.urandom(128), mode=0o400, owner="munge")
     with_machines = layout.machines.exists()
     slurm = machines.slow(_ours("slurm.conf")) if with_machines else _ours("slurm.conf")
+    limits = _ours("cgroup-memory.conf") if layout.memory.exists() else ""
+    if limits:
+        slurm = slurm.replace("TaskPlugin=task/none", "TaskPlugin=task/cgroup")
+        slurm = slurm.replace("=CR_CPU\n", "=CR_CPU_Memory\nDefMemPerCPU=100\n")
     common.file("etc/slurm/slurm.conf", slurm + _hook_lines(layout))
     version = 2 if with_machines else cgroups.version(cgroups.hierarchies())
-    common.file("etc/slurm/cgroup.conf", _ours(f"cgroup-v{version}.conf"))
+    common.file("etc/slurm/cgroup.conf", _ours(f"cgroup-v{version}.conf") + limits)
     if (layout.product / _PLUGIN).exists():
         common.file("etc/slurm/plugstack.conf", _ours("plugstack.conf"))
     common.file("etc/outlast/outlast.toml", _ours("outlast.toml") + (machines.SLOW if with_machines else ""))

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="have each node be a virtual machine (QEMU, in software): cgroup v2, home on NFS, kernels of their own",
     )
+    verb.add_argument("--memory", action="store_true", help="have Slurm hold each job to its --mem")
     verbs.add_parser("down", help="end it and remove everything")
     verb = verbs.add_parser("status", help="what is up")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
@@ -73,7 +74,7 @@ def _run(layout: Layout, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
     if args.verb == "up":
         checkout = args.product.resolve() if args.product else None
-        cluster.up(layout, checkout, languages=args.languages, with_machines=args.vm)
+        cluster.up(layout, checkout, languages=args.languages, with_machines=args.vm, memory=args.memory)
     elif args.verb == "down":
         cluster.down(layout)
     elif args.verb == "status" and args.json:

@@ -1,4 +1,4 @@
-"""Forked dumps of processes that are not as most are: with huge pages, or threads without a leader."""
+"""Forked dumps of jobs that are not as most are: wide or deep trees, huge pages, threads without a leader."""
 
 from __future__ import annotations
 
@@ -53,6 +53,54 @@ def test_huge_pages_are_of_the_instant_of_the_dump(user_place: Place, huge_pages
 
     # It was asked before it was lost, and answers as it did.
     eventually(lambda: again.said().count("answer 1 (2, 2)") == 2, "the same answer as before")
+    user_place.touch("stop")
+    assert again.ended() == exit_code(3)
+
+
+# A tree of 64: children of the job's root, or each the child of the one before. Each has memory of its own that it
+# changes when it is asked, and tells of.
+_TREE = """
+    import mmap, socket
+    def serve(end, number):
+        area = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.write(bytes([number]) * len(area))
+        while end.recv(1):
+            end.sendall(bytes([number if area[:] == bytes([area[0]]) * len(area) else 255, area[0] - number]))
+            area.seek(0)
+            area.write(bytes([area[0] + 1]) * len(area))
+        os._exit(0)
+    ends = [socket.socketpair() for _ in range(64)]
+    deep = {deep}
+    def grow(number):
+        pid = os.fork()
+        if pid == 0:
+            if deep and number < 63: grow(number + 1)
+            serve(ends[number][1], number)
+    if deep: grow(1)
+    else:
+        for number in range(1, 64): grow(number)
+    def ask(end):
+        end.sendall(b"?")
+        return tuple(end.recv(2, socket.MSG_WAITALL))
+    def check():
+        told = [ask(mine) for mine, _ in ends[1:]]
+        return [number for number, _ in told] == list(range(1, 64)), {{count for _, count in told}}
+"""
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["wide", "deep"])
+@pytest.mark.timeout(120)
+def test_tree_of_64_processes_is_of_one_instant(user_place: Place, deep: bool) -> None:
+    job = answering(user_place, _TREE.format(deep=deep))
+    assert answer(user_place, job, 0) == "(True, {0})"
+    images = forked(user_place, job)
+    assert answer(user_place, job, 1) == "(True, {1})"
+    user_place.lose(job)
+    again = user_place.restore(images)
+
+    # It was asked before it was lost, and answers as it did.
+    eventually(lambda: again.said().count("answer 1 (True, {1})") == 2, "the same answer as before")
+    assert answer(user_place, again, 2) == "(True, {2})"
     user_place.touch("stop")
     assert again.ended() == exit_code(3)
 

@@ -5,6 +5,8 @@
 #include "predict.h"
 #include "twin.h"
 
+#include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <stdarg.h>
@@ -57,11 +59,38 @@ int ioctl(int fd, unsigned long request, ...)
 	return (int) syscall(SYS_ioctl, fd, request, argument);
 }
 
+bool answers_ptrace;
+
+/* As in the C library, whose own is not declared here: its header cannot be had together with the kernel's. */
+long ptrace(int request, ...)
+{
+	static long (*real)(int, ...);
+	va_list values;
+
+	va_start(values, request);
+	const pid_t pid = va_arg(values, pid_t);
+	void *address = va_arg(values, void *), *data = va_arg(values, void *);
+	va_end(values);
+	answers_ptrace = true;
+	if (real == NULL)
+		*(void **) &real = dlsym(RTLD_NEXT, "ptrace");
+	if (!settle_twins()) {
+		errno = ECANCELED;
+		return -1;
+	}
+	return real(request, pid, address, data);
+}
+
 static int open_at(int directory, const char *path, int flags, mode_t mode)
 {
+	const bool smaps = strcmp(path, "smaps") == 0;
 	const struct twin *twin;
 
-	if (twins != NULL && strcmp(path, "smaps") == 0 && (twin = twin_of_file(directory, "")) != NULL) {
+	if (smaps && !settle_twins()) {
+		errno = ECANCELED;
+		return -1;
+	}
+	if (twins != NULL && smaps && (twin = twin_of_file(directory, "")) != NULL) {
 		struct prediction *prediction = prediction_of(twin->pid);
 		int fd = prediction == NULL ? -1 : open_predicted(prediction);
 		if (fd >= 0)

@@ -92,22 +92,6 @@ static uint64_t now_usecs(void)
 	return (uint64_t) now.tv_sec * 1000000 + (uint64_t) now.tv_nsec / 1000;
 }
 
-static bool uses_seccomp(pid_t pid)
-{
-	char path[64], line[256];
-	int mode = 1;
-
-	snprintf(path, sizeof(path), "/proc/%d/status", pid);
-	FILE *file = fopen(path, "re");
-	while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
-		if (sscanf(line, "Seccomp: %d", &mode) == 1)
-			break;
-	}
-	if (file != NULL)
-		fclose(file);
-	return mode != 0;
-}
-
 /* The kernel aborts a restartable sequence whose thread is moved elsewhere, as happens here, and then forgets
  * it: so the abort must be made part of what the thread goes on with. Source: kernel/rseq.c. */
 static bool abort_rseq(pid_t pid, int memory, struct user_regs_struct *registers)
@@ -188,58 +172,76 @@ static uint64_t find_room(int memory, const struct range *vdso, size_t size)
 	return vdso->end - CODE_ROOM;
 }
 
-/* The helper has appeared: sees it and the twin through. The twin stays stopped, the helper has ended. */
-static const char *make_twin(pid_t helper, long options, struct order *order)
+/* The helper has appeared: from here on the death of this process kills it and the twin, until then they carry on
+ * by themselves. It is left to copy its memory. */
+static const char *let_copy(struct work *work)
+{
+	unsigned long helper = 0;
+	int status;
+
+	if (trace(PTRACE_GETEVENTMSG, work->pid, NULL, &helper) < 0 || !wait_for((pid_t) helper, &status) ||
+	    !WIFSTOPPED(status) ||
+	    trace(PTRACE_SETOPTIONS, (pid_t) helper, NULL, (void *) (work->options | PTRACE_O_EXITKILL)) < 0)
+		return "the helper was lost";
+	work->helper = (pid_t) helper;
+	work->begin = now_usecs();
+	trace(PTRACE_CONT, work->helper, NULL, NULL);
+	return NULL;
+}
+
+/* Sees the helper and the twin through. The twin stays stopped, the helper has ended. */
+static const char *await_twin(struct work *work, struct order *order)
 {
 	unsigned long twin = 0;
 	int status;
 	const char *problem = NULL;
 
-	/* From here on the death of this process kills both, until then they carry on by themselves. */
-	if (!wait_for(helper, &status) || !WIFSTOPPED(status) ||
-	    trace(PTRACE_SETOPTIONS, helper, NULL, (void *) (options | PTRACE_O_EXITKILL)) < 0)
-		return "the helper was lost";
-	uint64_t begin = now_usecs();
-	trace(PTRACE_CONT, helper, NULL, NULL);
-	while (wait_for(helper, &status) && WIFSTOPPED(status)) {
+	while (wait_for(work->helper, &status) && WIFSTOPPED(status)) {
 		if (is_stop(status, SIGTRAP | PTRACE_EVENT_CLONE << 8) &&
-		    trace(PTRACE_GETEVENTMSG, helper, NULL, &twin) == 0) {
-			order->fork_usecs = (unsigned) (now_usecs() - begin);
+		    trace(PTRACE_GETEVENTMSG, work->helper, NULL, &twin) == 0) {
+			order->fork_usecs = (unsigned) (now_usecs() - work->begin);
 			order->twin = (pid_t) twin;
 			int stopped;
 			if (!wait_for(order->twin, &stopped) || !WIFSTOPPED(stopped) ||
 			    trace(PTRACE_SETOPTIONS, order->twin, NULL,
-				  (void *) (options | PTRACE_O_EXITKILL)) < 0) {
+				  (void *) (work->options | PTRACE_O_EXITKILL)) < 0) {
 				problem = "the twin was lost";
 				order->twin = 0;
 			}
 		}
-		trace(PTRACE_CONT, helper, NULL, NULL);
+		trace(PTRACE_CONT, work->helper, NULL, NULL);
 	}
+	work->helper = 0;
 	return problem;
 }
 
-/* Lets the process run its code up to the exit of the code's last system call. */
-static const char *watch(pid_t pid, long options, struct order *order)
+/* Lets the process run its code: up to the appearance of the helper, if that has not been yet, else up to the exit of the
+ * code's last system call. */
+static const char *watch(struct work *work, const struct order *order)
 {
 	struct user_regs_struct registers;
 	const char *problem = NULL;
-	unsigned long helper;
-	bool entered = false;
-	int masked = 0, status;
+	int status;
 
 	for (;;) {
-		if (trace(PTRACE_SYSCALL, pid, NULL, NULL) < 0 || !wait_for(pid, &status) || !WIFSTOPPED(status))
+		if (trace(PTRACE_SYSCALL, work->pid, NULL, NULL) < 0 || !wait_for(work->pid, &status) ||
+		    !WIFSTOPPED(status)) {
+			work->done = true;
 			return "the process was killed";
+		}
 		if (is_stop(status, SIGTRAP | PTRACE_EVENT_CLONE << 8)) {
-			if (trace(PTRACE_GETEVENTMSG, pid, NULL, &helper) == 0)
-				problem = make_twin((pid_t) helper, options, order);
-		} else if (is_stop(status, SIGTRAP | 0x80)) {
-			entered = !entered;
-			if (entered || trace(PTRACE_GETREGS, pid, NULL, &registers) < 0)
-				continue;
-			if (registers.orig_rax == SYS_rt_sigprocmask && ++masked == 2)
+			const char *lost = let_copy(work);
+			if (lost == NULL)
 				return problem;
+			problem = lost;
+		} else if (is_stop(status, SIGTRAP | 0x80)) {
+			work->entered = !work->entered;
+			if (work->entered || trace(PTRACE_GETREGS, work->pid, NULL, &registers) < 0)
+				continue;
+			if (registers.orig_rax == SYS_rt_sigprocmask && ++work->masked == 2) {
+				work->done = true;
+				return problem;
+			}
 			const long result = (long) registers.rax;
 			const bool matters = registers.orig_rax == SYS_clone ||
 					     (order->call != 0 && registers.orig_rax == (unsigned long) order->call);
@@ -250,70 +252,105 @@ static const char *watch(pid_t pid, long options, struct order *order)
 	}
 }
 
-static const char *run(pid_t pid, int memory, const struct range *vdso, struct order *order)
+/* Starts the process on its code. */
+static const char *start(struct work *work, const struct range *vdso, const struct order *order)
 {
 	const size_t size = (size_t) (code_end - code_begin);
-	struct user_regs_struct original, aborted, begin;
+	struct user_regs_struct original, begin;
 	struct ptrace_sud_config dispatch = { 0 };
-	uint64_t mask, all = ~0ULL;
+	const uint64_t all = ~0ULL;
 	uint8_t code[CODE_ROOM] = { 0 };
-	const uint8_t zeros[CODE_ROOM] = { 0 };
-	int status;
+	const pid_t pid = work->pid;
 
 	if (trace(PTRACE_GETREGS, pid, NULL, &original) < 0 ||
-	    trace(PTRACE_GETSIGMASK, pid, (void *) sizeof(mask), &mask) < 0)
+	    trace(PTRACE_GETSIGMASK, pid, (void *) sizeof(work->mask), &work->mask) < 0)
 		return "its registers cannot be read";
 	if (original.cs != CODE_64BIT)
 		return "it runs 32-bit code";
 	if (trace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, pid, (void *) sizeof(dispatch), &dispatch) == 0 &&
 	    dispatch.mode != 0)
 		return "it dispatches its system calls itself";
-	uint64_t room = find_room(memory, vdso, size);
-	if (room == 0)
+	work->room = find_room(work->memory, vdso, size);
+	if (work->room == 0)
 		return "there is no room behind its vDSO";
-	aborted = original;
-	if (!abort_rseq(pid, memory, &aborted))
+	work->registers = original;
+	if (!abort_rseq(pid, work->memory, &work->registers))
 		return "its restartable sequence cannot be read";
-	fill_code(code, order, &aborted, mask);
-	if (pwrite(memory, code, size, (off_t) room) != (ssize_t) size)
+	fill_code(code, order, &work->registers, work->mask);
+	if (pwrite(work->memory, code, size, (off_t) work->room) != (ssize_t) size)
 		return "its memory cannot be written";
-	long common = PTRACE_O_TRACESYSGOOD | (uses_seccomp(pid) ? PTRACE_O_SUSPEND_SECCOMP : 0);
-	long options = common | PTRACE_O_TRACECLONE;
 	begin = original;
-	begin.rip = room + (uint64_t) (code_entry - code_begin);
+	begin.rip = work->room + (uint64_t) (code_entry - code_begin);
 	begin.orig_rax = (unsigned long) -1;
 	begin.rax = 0;
 	begin.eflags &= ~0x400ULL; /* the direction flag; the code takes back the process's own */
-	const char *problem = "it could not be started";
-	if (trace(PTRACE_SETOPTIONS, pid, NULL, (void *) options) == 0 &&
-	    trace(PTRACE_SETREGS, pid, NULL, &begin) == 0) {
-		/* In this order: with the new registers comes the code that puts the mask back. */
-		trace(PTRACE_SETSIGMASK, pid, (void *) sizeof(all), &all);
-		problem = watch(pid, options, order);
-		trace(PTRACE_SETREGS, pid, NULL, &aborted);
-		trace(PTRACE_SETSIGMASK, pid, (void *) sizeof(mask), &mask);
+	/* CRIU has had the filters of those that have any suspended: so they must stay. */
+	work->options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_SUSPEND_SECCOMP;
+	if (trace(PTRACE_SETOPTIONS, pid, NULL, (void *) work->options) < 0) {
+		work->options &= ~PTRACE_O_SUSPEND_SECCOMP;
+		if (trace(PTRACE_SETOPTIONS, pid, NULL, (void *) work->options) < 0)
+			return "it could not be started";
+	}
+	if (trace(PTRACE_SETREGS, pid, NULL, &begin) < 0)
+		return "it could not be started";
+	/* In this order: with the new registers comes the code that puts the mask back. */
+	trace(PTRACE_SETSIGMASK, pid, (void *) sizeof(all), (void *) &all);
+	work->started = true;
+	return NULL;
+}
+
+const char *begin_work(struct work *work, pid_t pid, const struct range *vdso, struct order *order)
+{
+	char path[64];
+
+	memset(work, 0, sizeof(*work));
+	order->twin = 0;
+	work->pid = pid;
+	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+	work->memory = open(path, O_RDWR | O_CLOEXEC);
+	if (work->memory < 0)
+		return "its memory cannot be opened";
+	const char *problem = start(work, vdso, order);
+	return work->started ? watch(work, order) : problem;
+}
+
+const char *end_work(struct work *work, const char *problem, struct order *order)
+{
+	const uint8_t zeros[CODE_ROOM] = { 0 };
+	const size_t size = (size_t) (code_end - code_begin);
+	const pid_t pid = work->pid;
+	int status;
+
+	if (work->helper != 0) {
+		const char *lost = await_twin(work, order);
+		problem = problem != NULL ? problem : lost;
+	}
+	while (work->started && !work->done) {
+		const char *failed = watch(work, order);
+		problem = problem != NULL ? problem : failed;
+	}
+	if (work->started) {
+		trace(PTRACE_SETREGS, pid, NULL, &work->registers);
+		trace(PTRACE_SETSIGMASK, pid, (void *) sizeof(work->mask), &work->mask);
 		trace(PTRACE_INTERRUPT, pid, NULL, NULL);
 		trace(PTRACE_CONT, pid, NULL, NULL);
 		if (!wait_for(pid, &status) || !WIFSTOPPED(status) || status >> 16 != PTRACE_EVENT_STOP)
 			problem = "the process was killed";
 	}
-	trace(PTRACE_SETOPTIONS, pid, NULL, (void *) common);
-	if (pwrite(memory, zeros, size, (off_t) room) != (ssize_t) size)
+	if (work->options != 0)
+		trace(PTRACE_SETOPTIONS, pid, NULL, (void *) (work->options & ~PTRACE_O_TRACECLONE));
+	if (work->room != 0 && pwrite(work->memory, zeros, size, (off_t) work->room) != (ssize_t) size)
 		say("%d: the code stays behind its vDSO: %s", pid, strerror(errno));
-	order->beat = room + (uint64_t) (slot_beat - code_begin);
+	order->beat = work->room + (uint64_t) (slot_beat - code_begin);
+	if (work->memory >= 0)
+		close(work->memory);
 	return problem;
 }
 
 const char *inject(pid_t pid, const struct range *vdso, struct order *order)
 {
-	char path[64];
+	struct work work;
+	const char *problem = begin_work(&work, pid, vdso, order);
 
-	order->twin = 0;
-	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
-	int memory = open(path, O_RDWR | O_CLOEXEC);
-	if (memory < 0)
-		return "its memory cannot be opened";
-	const char *problem = run(pid, memory, vdso, order);
-	close(memory);
-	return problem;
+	return end_work(&work, problem, order);
 }

@@ -4,8 +4,8 @@
  *
  * It is both a plugin of CRIU (--libdir) and preloaded into it (LD_PRELOAD).
  *
- * 1. When the tree is frozen the plugin has every process make a copy-on-write twin (inject.c), and writes
- *    them down in the image directory's file "twins": lines "PID TWIN BEAT USECS", where TWIN is 0 for a process
+ * 1. When the tree is frozen the plugin has every process make a copy-on-write twin (inject.c), as many at a time as
+ *    there are processors, and writes them down in the image directory's file "twins": lines "PID TWIN BEAT USECS", where TWIN is 0 for a process
  *    that has none, BEAT the hexadecimal address of the counter by which the twin is kept alive, and USECS how
  *    long the copying took. All PIDs are those of CRIU's own PID namespace. A line of one number, the last,
  *    says for how many microseconds the tree has stood still.
@@ -133,111 +133,149 @@ static void hide(struct twin *twin, const struct layout *layout)
 		close(theirs);
 }
 
-/* Makes the twin of one process; says why where there is none. *first* is the tree's root. */
-static void make_twin(pid_t pid, bool first)
-{
+/* A process whose twin is being made. */
+struct making {
 	struct layout layout;
-	struct order order = { .fork = true };
+	struct order order;
+	struct work work;
 	const char *problem;
-	char path[64];
+};
 
-	if (!layout_read(&layout, pid)) {
-		say("%d has no twin: its memory map cannot be read", pid);
-		return;
-	}
+/* Those that are being made, a ring; on each processor one can be. */
+static struct making *making;
+static unsigned places, oldest, under_way;
+
+/* Starts on the twin of one process. *first* is the tree's root. */
+static void begin_twin(struct making *one, pid_t pid, bool first)
+{
+	memset(one, 0, sizeof(*one));
+	one->order.fork = true;
+	one->work.pid = pid;
+	one->work.memory = -1;
 	if (first) {
 		/* The root takes its tree's orphans, and must not have the twins: see finish_root(). */
-		order.call = SYS_prctl;
-		order.arguments[0] = PR_SET_CHILD_SUBREAPER;
+		one->order.call = SYS_prctl;
+		one->order.arguments[0] = PR_SET_CHILD_SUBREAPER;
 	}
+	if (!layout_read(&one->layout, pid))
+		one->problem = "its memory map cannot be read";
+	else
+		one->problem = begin_work(&one->work, pid, &one->layout.vdso, &one->order);
+}
+
+/* Ends what begin_twin() began; says why where there is no twin. */
+static void end_twin(struct making *one)
+{
+	struct order *order = &one->order;
+	const pid_t pid = one->work.pid;
+	char path[64];
+	const char *problem = end_work(&one->work, one->problem, order);
 	struct twin *twin = calloc(1, sizeof(*twin));
-	problem = twin == NULL ? "out of memory" : inject(pid, &layout.vdso, &order);
-	if (problem == NULL && order.twin != 0 && parent_of(order.twin) != 1) {
-		pid_t parent = parent_of(order.twin);
-		discard(order.twin);
+	if (problem == NULL && order->twin != 0 && parent_of(order->twin) != 1) {
+		pid_t parent = parent_of(order->twin);
+		discard(order->twin);
 		struct layout other;
-		struct order reap = { .call = SYS_wait4, .arguments = { order.twin, 0, __WALL, 0 } };
+		struct order reap = { .call = SYS_wait4, .arguments = { order->twin, 0, __WALL, 0 } };
+		/* An ancestor's own twin is made already. */
 		if (layout_read(&other, parent)) {
 			inject(parent, &other.vdso, &reap);
 			layout_free(&other);
 		}
-		order.twin = 0;
+		order->twin = 0;
 		problem = "another process of the job takes orphans";
 	}
-	if (problem == NULL && order.twin != 0 && !write_down(pid, &order)) {
-		discard(order.twin);
-		order.twin = 0;
+	if (problem == NULL && order->twin != 0 && (twin == NULL || !write_down(pid, order))) {
+		discard(order->twin);
+		order->twin = 0;
 		problem = "it could not be written down";
 	}
-	if (problem == NULL && order.twin != 0) {
+	if (problem == NULL && order->twin != 0) {
 		twin->pid = pid;
-		twin->twin = order.twin;
+		twin->twin = order->twin;
 		/* The first to go when memory is short. */
-		snprintf(path, sizeof(path), "/proc/%d/oom_score_adj", order.twin);
+		snprintf(path, sizeof(path), "/proc/%d/oom_score_adj", order->twin);
 		int fd = open(path, O_WRONLY | O_CLOEXEC);
 		if (fd < 0 || write(fd, "1000", 4) != 4)
 			say("%s: %s", path, strerror(errno));
 		if (fd >= 0)
 			close(fd);
-		syscall(SYS_ptrace, PTRACE_DETACH, (long) order.twin, NULL, NULL);
-		hide(twin, &layout);
+		syscall(SYS_ptrace, PTRACE_DETACH, (long) order->twin, NULL, NULL);
+		hide(twin, &one->layout);
 		twin->next = twins;
 		twins = twin;
 	} else {
 		say("%d has no twin: %s", pid, problem != NULL ? problem : "it made none");
-		order.twin = 0;
-		order.beat = 0;
-		write_down(pid, &order);
+		order->twin = 0;
+		order->beat = 0;
+		write_down(pid, order);
 		free(twin);
 	}
-	layout_free(&layout);
+	layout_free(&one->layout);
 }
 
-static bool is_traced(pid_t pid)
+static void end_oldest(void)
 {
-	char path[64], line[256];
-	int tracer = 0;
-
-	snprintf(path, sizeof(path), "/proc/%d/status", pid);
-	FILE *file = fopen(path, "re");
-	while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
-		if (sscanf(line, "TracerPid: %d", &tracer) == 1)
-			break;
-	}
-	if (file != NULL)
-		fclose(file);
-	return tracer == getpid();
+	end_twin(&making[oldest]);
+	oldest = (oldest + 1) % places;
+	under_way--;
 }
 
-/* Calls *act* with a process and with all below it, parents first. */
-static void for_tree(pid_t pid, void (*act)(pid_t pid))
+/* The children of a process, behind each other and then 0. To be freed. */
+static pid_t *children_of(pid_t pid)
 {
 	char path[300];
 	struct dirent *entry;
+	size_t count = 0, room = 16;
+	pid_t *found = calloc(room, sizeof(*found));
 
-	act(pid);
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
 	DIR *tasks = opendir(path);
-	while (tasks != NULL && (entry = readdir(tasks)) != NULL) {
-		int child;
+	while (found != NULL && tasks != NULL && (entry = readdir(tasks)) != NULL) {
 		snprintf(path, sizeof(path), "/proc/%d/task/%s/children", pid, entry->d_name);
 		FILE *children = entry->d_name[0] == '.' ? NULL : fopen(path, "re");
-		while (children != NULL && fscanf(children, "%d", &child) == 1)
-			for_tree(child, act);
+		while (found != NULL && children != NULL && fscanf(children, "%d", &found[count]) == 1) {
+			if (++count == room) {
+				pid_t *more = reallocarray(found, room *= 2, sizeof(*found));
+				if (more == NULL)
+					free(found);
+				found = more;
+			}
+		}
 		if (children != NULL)
 			fclose(children);
 	}
 	if (tasks != NULL)
 		closedir(tasks);
+	if (found != NULL)
+		found[count] = 0;
+	return found;
+}
+
+/* Calls *act* with a process and with all below it, parents first. What *act* adds to the tree is passed over. */
+static void for_tree(pid_t pid, void (*act)(pid_t pid))
+{
+	pid_t *children = children_of(pid);
+
+	act(pid);
+	for (size_t i = 0; children != NULL && children[i] != 0; i++)
+		for_tree(children[i], act);
+	free(children);
 }
 
 static pid_t root;
 
+/* The processes copy their memory side by side, as many as there are processors. */
 static void make_twin_of(pid_t pid)
 {
-	/* What is not traced has ended. */
-	if (is_traced(pid))
-		make_twin(pid, pid == root);
+	unsigned long nothing;
+
+	/* What cannot be asked is not traced, and has ended. */
+	if (syscall(SYS_ptrace, PTRACE_GETEVENTMSG, (long) pid, NULL, &nothing) < 0)
+		return;
+	if (under_way == places)
+		end_oldest();
+	begin_twin(&making[(oldest + under_way) % places], pid, pid == root);
+	under_way++;
 }
 
 /* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does
@@ -255,18 +293,33 @@ static void finish_root(pid_t pid)
 	layout_free(&layout);
 }
 
-static int tell_listener(void)
+static bool tell_listener(void)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	const char *path = getenv("OUTLAST_NOTIFY");
 
 	if (path == NULL)
-		return 0;
-	if (strlen(path) >= sizeof(address.sun_path))
-		return -1;
-	strcpy(address.sun_path, path);
-	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	return listener < 0 ? -1 : connect(listener, (struct sockaddr *) &address, sizeof(address));
+		return true;
+	if (strlen(path) < sizeof(address.sun_path)) {
+		strcpy(address.sun_path, path);
+		listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (listener >= 0 && connect(listener, (struct sockaddr *) &address, sizeof(address)) == 0)
+			return true;
+	}
+	say("whoever waits for the tree to be frozen cannot be told: %s", strerror(errno));
+	return false;
+}
+
+bool settle_twins(void)
+{
+	if (making == NULL)
+		return true;
+	while (under_way > 0)
+		end_oldest();
+	free(making);
+	making = NULL;
+	finish_root(root);
+	return tell_listener();
 }
 
 /* CRIU calls this for each task of the frozen tree, the root first; all is done at the first call. */
@@ -286,13 +339,13 @@ static int on_frozen(int pid)
 		return -1;
 	}
 	root = pid;
-	for_tree(pid, make_twin_of);
-	finish_root(pid);
-	if (tell_listener() < 0) {
-		say("whoever waits for the tree to be frozen cannot be told: %s", strerror(errno));
+	places = (unsigned) sysconf(_SC_NPROCESSORS_ONLN) + 1;
+	making = calloc(places, sizeof(*making));
+	if (making == NULL)
 		return -1;
-	}
-	return 0;
+	for_tree(pid, make_twin_of);
+	/* CRIU has a millisecond's work before it turns to the processes, of which some copy their memory still. */
+	return answers_ptrace || settle_twins() ? 0 : -1;
 }
 
 static int on_init(int stage)
@@ -309,10 +362,10 @@ static int on_init(int stage)
 static void on_exit_(int stage, int error)
 {
 	struct timespec now;
-
 	char answer;
 
 	(void) stage;
+	settle_twins();
 	if (listener >= 0) {
 		/* Its end, without an answer, is one: nobody needs the tree to stand still any more. */
 		while (error == 0 && read(listener, &answer, 1) < 0 && errno == EINTR)

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <sys/user.h>
 
 struct range {
 	uint64_t start, end;
@@ -28,6 +29,13 @@ struct twin {
 /* The twins that have been made; NULL before and after a dump, and in every program but CRIU. */
 extern struct twin *twins;
 
+/* Waits until all twins are there and the processes stand still again, as CRIU may think they do all the time. False: CRIU
+ * must give the dump up, and has been told why. */
+bool settle_twins(void);
+
+/* CRIU's calls of ptrace() come to this library, which settles the twins before the first that follows on their making. */
+extern bool answers_ptrace;
+
 /* What to have a stopped process do; see inject(). */
 struct order {
 	bool fork;	     /* make a twin */
@@ -42,10 +50,27 @@ struct order {
 bool layout_read(struct layout *layout, pid_t pid);
 void layout_free(struct layout *layout);
 
+/* A process at work on an order. */
+struct work {
+	pid_t pid, helper;
+	int memory;
+	uint64_t room, mask;
+	struct user_regs_struct registers; /* what it is to go on with */
+	long options;
+	uint64_t begin;		    /* when the copying began, in µs */
+	bool started, entered, done; /* entered: it is within a system call */
+	int masked;		     /* how often it has set its signal mask */
+};
+
 /* Has process PID, which this process traces and which is stopped by PTRACE_INTERRUPT, carry out *order*,
  * and stop again as it was. Returns NULL, or the reason why the process could not be made to; then, too, it is
  * stopped as it was, unless it was killed. */
 const char *inject(pid_t pid, const struct range *vdso, struct order *order);
+
+/* The same in two halves, which several processes may be between at a time: after the first each copies its
+ * memory by itself. *problem* is what the first half returned; the second is due in any case. */
+const char *begin_work(struct work *work, pid_t pid, const struct range *vdso, struct order *order);
+const char *end_work(struct work *work, const char *problem, struct order *order);
 
 /* Whether CRIU's question about the pages of a process, in *arguments* of ioctl(*fd*, PAGEMAP_SCAN), is one
  * that *hidden* has an answer to; then *result* is that of the ioctl. */
