@@ -67,6 +67,20 @@ def version(found: list[Hierarchy]) -> int:
     return 1 if any(one.controllers for one in found) else 2
 
 
+def require_memory() -> None:
+    """Refuse a machine where no host could hold its jobs to their memory.
+
+    Raises:
+        TestbedError: there are cgroup v1 hierarchies, and none is that of memory.
+    """
+    found = hierarchies(memory=True)
+    if version(found) == 1 and not any(_MEMORY in one.controllers.split(",") for one in found):
+        raise TestbedError(
+            "/proc/self/mounts: cgroup v1's memory hierarchy is not mounted",
+            hint="mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory",
+        )
+
+
 def of(tag: str, host: str) -> list[Hierarchy]:
     """The hierarchies in which a host has a directory."""
     return [one for one in hierarchies(memory=True) if (one.mount / tag / host).is_dir()]

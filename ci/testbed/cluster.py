@@ -61,6 +61,7 @@ def up(
         product += " on virtual machines"
         patience *= 8
     if memory:
+        cgroups.require_memory()
         product += ", jobs held to their memory"
     with locked(layout):
         if layout.up_mark.exists() and switch.ports(layout):
