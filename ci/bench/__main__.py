@@ -82,6 +82,8 @@ def _print(bench: Bench) -> None:
     )
     for line in table(bench.rows()):
         print(line)
+    for name, fact in bench.notes.items():
+        print(f"{name}: {json.dumps(fact)}")
     for problem in bench.problems:
         print(f"did not hold: {problem}")
 
