@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from outlast.errors import CorruptCheckpoint
-from outlast.store._codec import packed, unpacked
+from outlast.store._codec import Chooser, packed, unpacked
 from outlast.store._pages import Hashes, Numbers
 
 MAGIC = b"outlast pack 1\n\0"
@@ -37,14 +37,13 @@ def seal(
     number: int,
     plain: bytes | memoryview,
     header: bytes | None = None,
-    *,
-    words: bool = False,
+    chooser: Chooser | None = None,
 ) -> bytes:
     """Return the stored form of frame *number*: as `packed` makes it, and encrypted.
 
     A number is used once under a key, so it is the nonce. *header* is bound to it, and not in it.
     """
-    return cipher.encrypt(_nonce(number), packed(plain, words=words), header)
+    return cipher.encrypt(_nonce(number), packed(plain, chooser), header)
 
 
 def unseal(

@@ -13,6 +13,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from outlast.errors import CorruptCheckpoint, OutlastError
+from outlast.store._codec import Chooser
 from outlast.store._keys import SALT, Keyring
 from outlast.store._manifest import Item, Manifest, Pack
 from outlast.store._pack import MAGIC, Trailer, encode_trailer, seal
@@ -309,12 +310,13 @@ def _sealed(
 ) -> Iterator[tuple[bytes, Hashes]]:
     """Yield each frame of *jobs* sealed, in order, while the next are under way."""
     under_way: deque[tuple[Future[bytes], Hashes]] = deque()
+    chooser = Chooser()
     try:
         for number, (plain, hashes) in enumerate(jobs):
             if len(under_way) >= _AHEAD:
                 future, some = under_way.popleft()
                 yield future.result(), some
-            under_way.append((pool.submit(seal, cipher, number, plain, words=True), hashes))
+            under_way.append((pool.submit(seal, cipher, number, plain, None, chooser), hashes))
         while under_way:
             future, some = under_way.popleft()
             yield future.result(), some
