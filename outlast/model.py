@@ -236,7 +236,8 @@ class SchedulerJob:
 class SchedulerNode:
     """One node as the scheduler tells it. *up*: neither down, failed nor powered off.
 
-    *address* and *port* are where the scheduler's daemon on that node listens.
+    *address* and *port* are where the scheduler's daemon on that node listens, *started* is when it was started (Unix
+    time, by the node's clock; 0 where that is not known).
     """
 
     name: str
@@ -244,3 +245,4 @@ class SchedulerNode:
     responding: bool
     address: str
     port: int = 6818  # slurmd's own default
+    started: float = 0.0

@@ -46,6 +46,7 @@ def node_row(node: Any) -> dict[str, Any]:  # noqa: ANN401
         "state": node.state,
         "address": node.address or "",
         "port": node.slurmd_port or 0,
+        "slurmd_start_time": node.slurmd_start_time or 0,
     }
 
 

@@ -252,6 +252,7 @@ def _node(row: dict[str, Any]) -> SchedulerNode:
         responding="NOT_RESPONDING" not in flags,
         address=row["address"] or row["name"],
         port=row["port"],
+        started=float(_number(row.get("slurmd_start_time")) or 0),
     )
 
 

@@ -31,6 +31,9 @@ _SILENT_CYCLES = 2
 # the usual silence.
 _MANY_NODES = 3
 _MANY_TIMES = 5.0
+# Where a node was started anew its managers are waited for so many times the lease's length: the machine may run on,
+# and nothing but its daemons have been upgraded, slurmd and the managers alike.
+_RESTARTED_TIMES = 2
 # A manager whose lease has had no beat for so many renewals is asked after.
 _MISSED_BEATS = 2
 # Seconds for which the lease of an ended job is left alone: its manager may still be shipping.
@@ -137,6 +140,11 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         if job.preempted:
             return Evacuate(job, "the scheduler preempts the job")
         return Leave(run, "its manager is heard")
+    if quiet > _RESTARTED_TIMES * config.lease.ttl and _has_restarted(
+        job, lease.node, quiet, snapshot, config
+    ):
+        # No manager came back with the machine, and the scheduler may take a minute to find that no job did.
+        return Requeue(job, f"{lease.node} was started anew, and nothing is heard of the job there since")
     if snapshot.quiet_at[lease.node] <= silent:
         # Another manager there is heard, so the machine lives.
         return Leave(run, "manager silent, node alive", "manager-silent" if quiet > config.lease.ttl else "")
@@ -164,6 +172,15 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
     if not config.watcher.mark_down:
         return Leave(run, f"{reason}; left to the scheduler, as [watcher] mark_down is false", "node-silent")
     return MarkDown(node.name, (run,), reason)
+
+
+def _has_restarted(job: SchedulerJob, name: str, quiet: float, snapshot: Snapshot, config: Config) -> bool:
+    """Whether a node was started after a job there was last heard of, and the job is the watcher's to be requeued."""
+    node = snapshot.node_named.get(name)
+    if node is None or not node.up or node.started <= snapshot.now - quiet:
+        return False
+    policy = restarts.policy_of(job, snapshot, config)
+    return job.requeueable and config.watcher.mark_down and policy.on_node_failure
 
 
 def _lost(view: LeaseView, job: SchedulerJob, config: Config) -> Decision:

@@ -140,6 +140,23 @@ def test_job_survives_three_kills_and_one_of_them_while_it_is_restored(
     assert job.restarts == 3
 
 
+def test_job_goes_on_whose_node_is_back_before_it_was_missed(
+    cluster_to_break: Cluster, right: dict[str, list[str]]
+) -> None:
+    job = start(cluster_to_break, "lu")
+    job.wait_for("checkpoint", count=2)
+    node = job.node
+    cluster_to_break.cut_power(node)
+    cluster_to_break.testbed("start-node", node)
+    job.wait_for("restored", within=90)
+
+    assert_right(job, right["lu"])
+    assert job.restarts == 1
+    # On a busy machine it boots for so long that it is missed.
+    done = {event["event"] for event in job.events()}
+    assert done & {"requeued", "node-marked-down"}
+
+
 def test_job_that_fails_after_a_kill_fails_with_its_own_exit_code(
     cluster_to_break: Cluster, right: dict[str, list[str]]
 ) -> None:

@@ -104,6 +104,58 @@ def test_a_running_job(change: dict[str, object], outcome: Decision) -> None:
     assert decide(snapshot(**change), CONFIG) == (outcome,)  # type: ignore[arg-type]
 
 
+BOOTED = dataclasses.replace(ALIVE, started=NOW - 3)
+ANSWERS = {"node": BOOTED, "probe": Probe(True, 9), "age": 8.1}
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        ({}, Requeue(JOB, "n1 was started anew, and nothing is heard of the job there since")),
+        # It may be upgraded, and its manager come back.
+        ({"age": 7.9}, leave("manager silent, node alive", "manager-silent")),
+        # slurmd alone was started anew, and the manager was heard after that.
+        (
+            {"node": dataclasses.replace(ALIVE, started=NOW - 9)},
+            leave("manager silent, node alive", "manager-silent"),
+        ),
+        ({"node": ALIVE}, leave("manager silent, node alive", "manager-silent")),
+        (
+            {"job": dataclasses.replace(JOB, requeueable=False)},
+            leave("manager silent, node alive", "manager-silent"),
+        ),
+        ({"done": (done("requeued", node=""),)}, leave("requeued 0 s ago")),
+    ],
+)
+def test_a_job_whose_node_was_back_before_it_was_missed(change: dict[str, object], outcome: Decision) -> None:
+    assert decide(snapshot(**(ANSWERS | change)), CONFIG) == (outcome,)  # type: ignore[arg-type]
+
+
+def test_a_job_is_missed_on_a_node_that_was_started_anew_though_others_run_there_by_now() -> None:
+    other = LeaseView(Lease(JobKey("c", "18"), 0, "n1", 2000), 0.0)
+    seen = snapshot(**ANSWERS)  # type: ignore[arg-type]
+    seen = dataclasses.replace(
+        seen,
+        leases=(*seen.leases, other),
+        jobs=(*seen.jobs, dataclasses.replace(JOB, job_id="18", handle="18")),
+    )
+
+    assert [type(one) for one in decide(seen, CONFIG)] == [Requeue, Leave]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, watcher=WatcherConfig(mark_down=False)),
+        dataclasses.replace(CONFIG, restart=RestartConfig(on_node_failure=False)),
+    ],
+)
+def test_a_node_that_was_started_anew_is_left_to_the_scheduler_where_the_site_wants_it_so(
+    config: Config,
+) -> None:
+    assert isinstance(decide(snapshot(**ANSWERS), config)[0], Leave)  # type: ignore[arg-type]
+
+
 def test_a_dead_node_is_left_to_the_scheduler_where_the_site_wants_it_so() -> None:
     config = dataclasses.replace(CONFIG, watcher=WatcherConfig(mark_down=False))
 

@@ -81,7 +81,13 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         if not draw(RARELY)
     ]
     nodes = [
-        SchedulerNode(name, up=not draw(RARELY), responding=draw(st.booleans()), address=name)
+        SchedulerNode(
+            name,
+            up=not draw(RARELY),
+            responding=draw(st.booleans()),
+            address=name,
+            started=draw(st.sampled_from([0.0, NOW - 100, NOW - 100, NOW - 10])),
+        )
         for name in NODES
         if not draw(RARELY)
     ]
@@ -129,13 +135,19 @@ def test_no_node_is_marked_down_while_any_manager_there_is_heard(seen: Snapshot)
 
 
 @given(snapshots())
-def test_only_lost_jobs_without_a_valid_lease_are_requeued(seen: Snapshot) -> None:
-    ages = {view.lease.job.job_id: view.age for view in seen.leases}
+def test_only_jobs_that_were_lost_and_have_no_valid_lease_are_requeued(seen: Snapshot) -> None:
+    views = {view.lease.job.job_id: view for view in seen.leases}
     for decision in decide(seen, CONFIG):
         if isinstance(decision, Requeue):
-            assert decision.job.state is JobState.LOST
+            view = views[decision.job.job_id]
             assert decision.job.requeueable
-            assert ages[decision.job.job_id] > CONFIG.lease.ttl
+            if decision.job.state is JobState.LOST:
+                assert view.age > CONFIG.lease.ttl
+                continue
+            quiet = seen.quiet[view.lease]
+            assert decision.job.state is JobState.RUNNING
+            assert quiet > 2 * CONFIG.lease.ttl
+            assert seen.node_named[view.lease.node].started > NOW - quiet
 
 
 @given(snapshots())
