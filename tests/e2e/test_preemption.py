@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,8 +13,8 @@ from tests.e2e import clocked
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-@pytest.fixture
-def partitions(cluster_to_break: Cluster) -> Iterator[Cluster]:
+@contextmanager
+def two_more(cluster: Cluster) -> Iterator[Cluster]:
     """Two more partitions: "urgent", whose jobs have others requeued, and "polite", whose jobs get 30 s before."""
     common = "Nodes=n[1-3] State=UP MaxTime=INFINITE"
     tiers = {
@@ -21,25 +22,31 @@ def partitions(cluster_to_break: Cluster) -> Iterator[Cluster]:
         "polite": "PriorityTier=1 PreemptMode=REQUEUE GraceTime=30",
     }
     for name, words in tiers.items():
-        cluster_to_break.on(
-            "ctl", "scontrol", "create", f"PartitionName={name}", *common.split(), *words.split()
-        )
+        cluster.on("ctl", "scontrol", "create", f"PartitionName={name}", *common.split(), *words.split())
     try:
-        yield cluster_to_break
+        yield cluster
     finally:
-        cluster_to_break.on("ctl", "scancel", "--user=alice")
+        cluster.on("ctl", "scancel", "--user=alice")
         eventually(
-            lambda: not cluster_to_break.on("ctl", "squeue", "--noheader", "--all").strip(),
+            lambda: not cluster.on("ctl", "squeue", "--noheader", "--all").strip(),
             within=60,
             what="an empty queue",
         )
         for name in tiers:
-            cluster_to_break.on("ctl", "scontrol", "delete", f"PartitionName={name}")
+            cluster.on("ctl", "scontrol", "delete", f"PartitionName={name}")
 
 
-def fill(cluster: Cluster, partition: str) -> Job:
+@pytest.fixture
+def partitions(cluster_to_break: Cluster) -> Iterator[Cluster]:
+    """Both partitions."""
+    with two_more(cluster_to_break) as cluster:
+        yield cluster
+
+
+def fill(cluster: Cluster, partition: str, *options: str, before: str = "") -> Job:
     """Start a job in *partition* that takes a node as a whole, then one that has it make room."""
-    job = cluster.submit(clocked.SCRIPT, "-p", partition, "-w", "n1", "--exclusive", checkpoint="1h")
+    where = ("-p", partition, "-w", "n1", "--exclusive")
+    job = cluster.submit(before + clocked.SCRIPT, *where, *options, checkpoint="1h")
     job.wait_for("started")
     eventually(lambda: len(clocked.lines(job)) > 20, within=30, what="twenty lines")
     urgent = cluster.submit("sleep 5", "-p", "urgent", "-w", "n1", "--exclusive", checkpoint=None)
@@ -66,6 +73,46 @@ def test_a_preempted_job_is_saved_first_and_goes_on_when_there_is_room(
 
     clocked.assert_whole(job)
     assert_saved_last(job)
+    assert job.history("begun-again") == []
+    assert job.restarts == 1
+
+
+def reconfigure(cluster: Cluster, parameters: str) -> None:
+    """Have slurmctld, which starts itself anew for that, read its configuration."""
+    cluster.on("ctl", "scontrol", "reconfigure")
+    wanted = f"PreemptParameters = {parameters}"
+    eventually(
+        lambda: wanted in " ".join(cluster.try_on("ctl", "scontrol", "show", "config").stdout.split()),
+        within=30,
+        what=wanted,
+    )
+
+
+@pytest.fixture
+def telling(cluster_to_break: Cluster) -> Iterator[Cluster]:
+    """Both partitions, in which jobs that are to make room get the signal that their users chose at once."""
+    path, line = "/etc/slurm/slurm.conf", "PreemptParameters=send_user_signal"
+    cluster_to_break.on("ctl", "sh", "-c", f"cp {path} /root/slurm.conf; echo {line} >>{path}")
+    reconfigure(cluster_to_break, "send_user_signal")
+    try:
+        # What is made by hand does not outlive a new configuration.
+        with two_more(cluster_to_break) as cluster:
+            yield cluster
+    finally:
+        cluster_to_break.on("ctl", "sh", "-c", f"cat /root/slurm.conf >{path}")
+        reconfigure(cluster_to_break, "(null)")
+
+
+def test_a_preempted_job_gets_the_signal_that_its_user_chose_and_is_saved_all_the_same(
+    telling: Cluster,
+) -> None:
+    job = fill(telling, "polite", "--signal=B:USR1@20", before="trap 'echo told' USR1; ")
+    job.wait_for("restored", within=60)
+    before = len(clocked.lines(job))
+    eventually(lambda: len(clocked.lines(job)) > before + 10, within=30, what="further lines")
+
+    clocked.assert_whole(job)
+    assert job.lines().count("told") == 1
     assert job.history("begun-again") == []
     assert job.restarts == 1
 
