@@ -95,6 +95,7 @@ class Shipper:
         with self._change:
             self._done = (job, id)
             self._wanted = None
+            self.unanswered = False
             self._change.notify_all()
 
     def wait(self, job: JobKey, id: CheckpointId, seconds: float) -> bool:
@@ -119,7 +120,8 @@ class Shipper:
                     with self._turn():
                         self._ship(store, job, checkpoint)
                 except FileNotFoundError:
-                    continue  # overtaken, and forgotten here
+                    self._drop(turn)  # overtaken, and forgotten here
+                    continue
                 except OutlastError as error:
                     self.unanswered = isinstance(error, StoreUnavailable)
                     self._told(Shipped(job, checkpoint.id, time.monotonic() - begin, error))
@@ -151,6 +153,12 @@ class Shipper:
             self._done is None or self._done != (self._wanted[0], self._wanted[1].id)
         )
 
+    def _drop(self, turn: tuple[JobKey, Checkpoint]) -> None:
+        """Have *turn*, which is not here anymore, not tried again."""
+        with self._change:
+            if self._wanted is turn:
+                self._wanted = None
+
     def _ship(self, store: Store, job: JobKey, checkpoint: Checkpoint) -> None:
         id = checkpoint.id
         backend = store.home(job).backend
@@ -161,12 +169,16 @@ class Shipper:
         header = decode_header(data, job, id)
         there = {entry.name: entry.size for entry in backend.list(f"{directory}/packs")}
         for name, size in header.packs.items():
-            if there.get(f"{name}.pack") != size:
+            if there.get(f"{name}.pack") != size and self._local.entry(pack_path(job, name)) is not None:
                 with contextlib.suppress(FileExistsError):
                     backend.create(pack_path(job, name), self._pieces(pack_path(job, name), size))
         there = {entry.name: entry.size for entry in backend.list(f"{directory}/packs")}
         if gone := [name for name, size in header.packs.items() if there.get(f"{name}.pack") != size]:
-            raise StoreUnavailable(f"{job}: pack {gone[0]} was removed meanwhile by another run")
+            self._local.read(manifest)  # where it is gone, too, the checkpoint was overtaken
+            raise StoreRefused(
+                f"{job}: pack {gone[0]} was removed meanwhile by another run",
+                hint="the next checkpoint brings what is missing; if this run is the older one, it is stopped soon",
+            )
         try:
             backend.create(manifest, [data])
         except FileExistsError:

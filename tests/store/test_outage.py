@@ -237,6 +237,38 @@ def test_run_that_was_cut_off_changes_nothing_of_the_one_after_it(
     assert (tmp_path / "back/pages-1.img").read_bytes() == elsewhere.content()
 
 
+def test_pack_that_is_gone_in_the_store_is_missed_and_shipped_again(
+    behind: Answering,
+    keyring: Keyring,
+    job: JobKey,
+    small: Path,
+    memory: MadeUpMemory,
+    nvme: Path,
+    tmp_path: Path,
+) -> None:
+    told: queue.Queue[Shipped] = queue.Queue()
+    with Store(cast(Backend, behind), keyring) as before:
+        before.publish(job, FIRST, small, {}, [memory])
+    tier = _tier.Tier(nvme, "n1", lambda: Store(cast(Backend, behind), keyring), told.put)
+    with Store(cast(Backend, behind), keyring, tier=tier) as here:
+        here.publish(job, CheckpointId(1, 1), small, {}, [memory])
+        assert told.get(timeout=SECONDS).error is None
+        here.forget(job, 2)
+        for pack in (tmp_path / "behind/jobs/testbed/17/packs").glob("0-1-*"):
+            pack.unlink()
+        memory.change(range(9), seed=2)
+        here.publish(job, CheckpointId(1, 2), small, {}, [memory])
+        error = told.get(timeout=SECONDS).error
+        assert isinstance(error, StoreRefused)
+        assert "was removed meanwhile" in str(error)
+        here.forget(job, 2)
+        here.publish(job, CheckpointId(1, 3), small, {}, [memory])
+
+        assert here.await_durable(job, CheckpointId(1, 3), SECONDS)
+    with Store(cast(Backend, behind), keyring) as after:
+        after.verify(job, CheckpointId(1, 3))
+
+
 def test_name_that_another_took_in_the_store_is_found_out_when_shipped(
     behind: Answering,
     keyring: Keyring,
