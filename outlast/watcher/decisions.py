@@ -218,7 +218,8 @@ def _pending(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
         return Hold(job, f"its node was lost {losses} times within a day, and its budget is {policy.budget}")
     # Machines die without the job's doing: only a job that loses one after the other is put off.
     wait = policy.wait_before(losses - _LOSSES_FREE)
-    if node in excluded or node in job.excluded:
+    # What was done for an earlier run may be done no more: only the list that the scheduler has tells.
+    if node in job.excluded:
         if node in excluded and not wait and job.begin > snapshot.now + _WORTH_HASTENING:
             return Hasten(
                 job, node, f"it was to wait {job.begin - snapshot.now:.0f} s, for no node but {node}"

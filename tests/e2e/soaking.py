@@ -13,9 +13,14 @@ from datetime import UTC, datetime
 from tests.cluster import ENDED, NODES, Cluster, Job, eventually
 from tests.e2e.conftest import Kills
 
-# Counts until it is told to end, and says when and where; one of an array.
+# Counts until it is told to end, and says when and where; one of an array. Between any two of its steps it may have
+# been saved here and restored elsewhere: a time counts where the host is the same before and after it.
 COUNT = r"""
-until [ -e go ]; do echo "${i:=0} $(date +%s.%N) $(hostname)"; i=$((i+1)); sleep 0.1; done
+until [ -e go ]; do
+	host=
+	until [ "$host" = "$(hostname)" ]; do host=$(hostname) time=$(date +%s.%N); done
+	echo "${i:=0} $time $host"; i=$((i+1)); sleep 0.1
+done
 exit $((SLURM_ARRAY_TASK_ID + 3))
 """
 # Seconds between two kills, and for which a node stays off: at times it is back before anybody missed it.

@@ -217,7 +217,7 @@ NOT_RESPONDING = dataclasses.replace(ALIVE, responding=False)
         ({"node": DEAD, "job": EXCLUDED}, leave("the job waits for a node other than n1", epoch=1)),
         (
             {"node": DEAD, "done": (done("node-excluded", epoch=1, ago=1),)},
-            leave("the job waits for a node other than n1", epoch=1),
+            leave("node-excluded 1 s ago", epoch=1),
         ),
         (
             {"node": DEAD, "done": (done("node-excluded", epoch=1, ago=1, refused=True),)},
@@ -356,6 +356,16 @@ def test_a_delay_is_not_ended_for_a_job_that_may_run_on_the_same_node_again() ->
     waiting = dataclasses.replace(AGAIN, begin=NOW + 6)
 
     assert decide(snapshot(job=waiting), CONFIG) == (leave("the job waits for a node", epoch=1),)
+
+
+def test_a_job_that_was_let_have_its_node_again_is_kept_off_it_anew_when_it_is_lost_there_again() -> None:
+    # To end its delay alone would have it start there at once, and be ended with what is left of the lost run.
+    waiting = dataclasses.replace(AGAIN, excluded=("n3",), begin=NOW + 6)
+    nodes = (ALIVE, dataclasses.replace(ALIVE, name="n2"), dataclasses.replace(ALIVE, name="n3"))
+    past = (done("node-excluded", epoch=0, ago=60), done("node-marked-down"))
+    seen = dataclasses.replace(snapshot(job=waiting, done=past), leases=(FENCE,), nodes=nodes)
+
+    assert decide(seen, CONFIG) == (Exclude(waiting, "n1", "the job was lost on n1", ("n3",)),)
 
 
 def test_a_job_that_was_lost_everywhere_may_run_where_it_was_lost_first() -> None:

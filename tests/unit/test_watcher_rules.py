@@ -155,6 +155,8 @@ def test_only_pending_jobs_have_nodes_excluded_and_never_the_one_they_ask_for(se
     for decision in decide(seen, CONFIG):
         if isinstance(decision, Exclude | Hasten | Readmit):
             assert decision.job.state is JobState.PENDING
+        if isinstance(decision, Hasten):
+            assert decision.node in decision.job.excluded
         if isinstance(decision, Exclude):
             assert decision.node not in decision.job.excluded
             assert decision.unbind is (decision.node in decision.job.required)
