@@ -56,7 +56,7 @@ node)
 		outlast hook prolog --help >/dev/null
 		python3 -c 'import outlast.manager._daemon'
 	fi
-	slurmd
+	slurmd -c # as after any boot: docs/install.md
 	;;
 esac
 exec sleep infinity

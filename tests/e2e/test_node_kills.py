@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -155,6 +156,37 @@ def test_job_goes_on_whose_node_is_back_before_it_was_missed(
     # On a busy machine it boots for so long that it is missed.
     done = {event["event"] for event in job.events()}
     assert done & {"requeued", "node-marked-down"}
+
+
+@pytest.fixture
+def only_n1(cluster_to_break: Cluster) -> Iterator[Cluster]:
+    """A cluster in which jobs start on n1 alone."""
+    cluster_to_break.on("ctl", "scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=test")
+    try:
+        yield cluster_to_break
+    finally:
+        cluster_to_break.on("ctl", "scontrol", "update", "NodeName=n[2-3]", "State=RESUME")
+
+
+def test_job_comes_back_to_the_node_that_it_was_lost_on(
+    only_n1: Cluster, right: dict[str, list[str]]
+) -> None:
+    job = start(only_n1, "lu")
+    # When a job ends there slurmd writes down which others it has.
+    assert only_n1.submit("true", checkpoint=None).wait_for_end() == ("COMPLETED", "0:0")
+    job.wait_for("checkpoint", count=2)
+    only_n1.cut_power("n1")
+    eventually(
+        lambda: "node-excluded" in {event["event"] for event in job.events()},
+        within=60,
+        what="it is kept off",
+    )
+    only_n1.testbed("start-node", "n1")
+    only_n1.on("ctl", "scontrol", "update", f"JobId={job.id}", "ExcNodeList=", "StartTime=now")
+    job.wait_for("restored", within=90)
+
+    assert_right(job, right["lu"])
+    assert job.restarts == 1
 
 
 def test_job_that_fails_after_a_kill_fails_with_its_own_exit_code(
