@@ -27,6 +27,7 @@ _MOST_PAGES = 256  # in one answer: 1 MiB
 # Of what could follow, so much is restored at once, and no run of pages that is longer than the second.
 _EAGER_PAGES = 1024
 _SMALL_PAGES = 256
+_AT_ONCE = 150  # runs: what holds them fits into a store's cache
 
 # Reads whole pages of an address space from a virtual address on, all in one run of the image.
 Read = Callable[[int, int, int], bytes]
@@ -111,8 +112,8 @@ def write_eager_pages(
     """Make the pages files of *runs* in *images*, holes but for the pages that CRIU restores at once.
 
     Those are what cannot follow, and what any job needs first: see `first_wanted`. The page maps are changed to
-    say so. *announce* is called first, with all that *read* is about to be asked for (space, vaddr, pages):
-    fetched together, it takes one round trip. Returns how many pages those are. Raises what *read* raises.
+    say so. *announce* is called with what *read* is about to be asked for (space, vaddr, pages), some at a time:
+    fetched together, they take one round trip. Returns how many pages those are. Raises what *read* raises.
     """
     for name, some in runs.items():
         with (images / name).open("xb") as file:
@@ -143,12 +144,14 @@ def write_eager_pages(
             for first in range(0, entry.pages, _MOST_PAGES):
                 part = min(_MOST_PAGES, entry.pages - first)
                 wanted.append((name, space, entry.vaddr + first * PAGE, part))
-    announce([(space, vaddr, pages) for _, space, vaddr, pages in wanted])
     with contextlib.ExitStack() as closing:
         files = {name: closing.enter_context((images / name).open("r+b")) for name in runs}
-        for name, space, vaddr, pages in wanted:
-            files[name].seek(indices[name].offset(space, vaddr, pages * PAGE))
-            files[name].write(read(space, vaddr, pages))
+        for first in range(0, len(wanted), _AT_ONCE):
+            batch = wanted[first : first + _AT_ONCE]
+            announce([(space, vaddr, pages) for _, space, vaddr, pages in batch])
+            for name, space, vaddr, pages in batch:
+                files[name].seek(indices[name].offset(space, vaddr, pages * PAGE))
+                files[name].write(read(space, vaddr, pages))
     return sum(pages for _, _, _, pages in wanted)
 
 

@@ -239,8 +239,12 @@ def _fetch_part(
     stored.fetch_files(images)
     runs = {path: [(int(a), int(b), int(c)) for a, b, c in rows] for path, rows in stored.memories.items()}
 
+    total = 0
+
     def load(ranges: Sequence[tuple[int, int, int]]) -> None:
-        if most is not None and sum(pages for _, _, pages in ranges) > most:
+        nonlocal total
+        total += sum(pages for _, _, pages in ranges)
+        if most is not None and total > most:
             raise OutlastError(f"more than {most} pages are restored at once")
         stored.load(ranges)
 

@@ -187,6 +187,11 @@ class Stored:
         self._frames = frames
         self._manifest = manifest
         self._memories = {item.path: item for item in manifest.items if len(item.spaces)}
+        # In which memories pages of an address space are: a tree of processes has as many memories.
+        self._of_space: dict[int, list[str]] = {}
+        for path, item in self._memories.items():
+            for space in np.unique(item.spaces[:, 0]).tolist():
+                self._of_space.setdefault(space, []).append(path)
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, bytes] = OrderedDict()
         # How far to fetch ahead for one who goes on at (memory, page).
@@ -235,8 +240,8 @@ class Stored:
 
     def _place(self, space: int, vaddr: int, pages: int) -> tuple[str, int]:
         """Return in which memory, and from which of its pages on, these are."""
-        for path, item in self._memories.items():
-            spaces = item.spaces
+        for path in self._of_space.get(space, ()):
+            spaces = self._memories[path].spaces
             hit = np.flatnonzero(
                 (spaces[:, 0] == space)
                 & (spaces[:, 1] <= vaddr)
