@@ -41,13 +41,17 @@ class PageServer:
     *read* must not give up lightly: when it raises, the daemon fails, and the capsule ends with it.
     """
 
-    def __init__(self, runs: Runs, read: Read, criu_version: str) -> None:
-        """*criu_version*: of the CRIU that will ask, as it prints it."""
+    def __init__(self, runs: Runs, read: Read, criu_version: str, link: socket.socket) -> None:
+        """Serve at *link*, until its other end is closed.
+
+        Args:
+            criu_version: of the CRIU that will ask, as it prints it.
+        """
         major, minor = (int(number) for number in criu_version.split(".")[:2])
         self._request = _REQUEST if (major, minor) >= (4, 2) else _OLD_REQUEST
         self._read = read
         self._runs = sorted((space, vaddr, pages) for some in runs.values() for space, vaddr, pages in some)
-        self._socket, self.peer = socket.socketpair()
+        self._socket = link
         self._over = threading.Event()
         self.error: Exception | None = None
         self.complete = False  # the daemon has said that it needs no more
@@ -57,11 +61,6 @@ class PageServer:
     def wait(self, seconds: float) -> bool:
         """Wait at most *seconds* for the last page to be given, or a failure; return whether it is over."""
         return self._over.wait(seconds)
-
-    def close(self) -> None:
-        """Serve no more."""
-        self._socket.close()
-        self.peer.close()
 
     def _serve(self) -> None:
         try:

@@ -88,13 +88,14 @@ class Launcher:
             if store.get_record(job, "start") is None:
                 return
             self._pager.connect(job)
-            warm_up()
             with contextlib.suppress(CriuError):
                 self._criu.warm_up()
             for checkpoint in _wanted(store.checkpoints(job), store.get_record(job, "restart"))[:1]:
                 self._restorer.prepare(job, store, checkpoint, spool)
 
         self._ahead = Ahead(self._config.store, touch)
+        # Beside that, which mostly waits: each dump needs it, too.
+        threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
 
     @property
     def pages_follow(self) -> bool:

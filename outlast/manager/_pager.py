@@ -17,17 +17,19 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from criu_backend import Capsule, PageServer, first_wanted
 from outlast.config import Config
-from outlast.errors import CorruptCheckpoint, OutlastError, StoreUnavailable
+from outlast.errors import OutlastError, StoreUnavailable
 from outlast.model import CheckpointId, JobKey
 from outlast.store import Store, open_store, this_node
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _RETRY_SECONDS = 0.5
 _TELL_SECONDS = 0.1
@@ -73,7 +75,7 @@ class Pager:
         self._ask({"op": "prepare", "job": [job.cluster, job.job_id], "id": [id_.epoch, id_.seq]})
 
     def open(self, job: JobKey, id_: CheckpointId, images: Path, criu_version: str, progress: Path) -> None:
-        """Have it make ready to give the pages of a checkpoint; `opened` waits until it is.
+        """Have it give the pages of a checkpoint to who has what `opened` returns.
 
         Args:
             images: what it removes when all pages have come.
@@ -97,18 +99,15 @@ class Pager:
     def opened(self) -> socket.socket:
         """Return the end of its connection that CRIU's daemon is to have; closed unused, it calls all off.
 
+        Should the pages not be had, `result` will say so.
+
         Raises:
-            StoreUnavailable, CorruptCheckpoint, OutlastError: there will be no pages.
+            OutlastError: there will be no pages.
         """
         answer, fds = self._hear(_OPEN_SECONDS)
-        if fds:
-            return socket.socket(fileno=fds[0])
-        text = str(answer.get("error", _GONE))
-        kinds: dict[str, type[OutlastError]] = {
-            "StoreUnavailable": StoreUnavailable,
-            "CorruptCheckpoint": CorruptCheckpoint,
-        }
-        raise kinds.get(str(answer.get("kind")), OutlastError)(text)
+        if not fds:
+            raise OutlastError(str(answer.get("error", _GONE)))
+        return socket.socket(fileno=fds[0])
 
     def wait(self, seconds: float) -> bool:
         """Wait at most *seconds* for the last page to be given, or a failure; return whether it is over."""
@@ -168,13 +167,10 @@ class _Ready:
             path: [(int(a), int(b), int(c)) for a, b, c in rows]
             for path, rows in self.stored.memories.items()
         }
-        self._loaded = False
 
     def load(self) -> None:
         """Fetch what is asked for first."""
-        if not self._loaded:
-            self.stored.load(first_wanted((run for some in self.runs.values() for run in some), _FIRST_PAGES))
-            self._loaded = True
+        self.stored.load(first_wanted((run for some in self.runs.values() for run in some), _FIRST_PAGES))
 
 
 class _Server:
@@ -197,14 +193,11 @@ class _Server:
                 if request["op"] == "connect":
                     self._connected().get_record(job, "start")
                 elif request["op"] == "prepare":
-                    self._ready = _Ready(self._connected(), job, CheckpointId(*request["id"]))
-                    self._ready.load()
+                    self._made_ready(job, CheckpointId(*request["id"]))
                 else:
                     self._follow(job, request)
             except OutlastError as error:
-                if request["op"] == "open":
-                    kind = type(error).__name__
-                    self._tell({"number": request["number"], "kind": kind, "error": str(error)})
+                log.debug("not now: %s", error)  # when it is needed it is tried again
 
     def _connected(self) -> Store:
         if self._store is None:
@@ -214,28 +207,37 @@ class _Server:
     def _follow(self, job: JobKey, request: Mapping[str, Any]) -> None:
         """Give one checkpoint's pages until nobody asks for more."""
         begin, number = time.monotonic(), request["number"]
-        id_, ready = CheckpointId(*request["id"]), self._ready
-        if ready is None or (ready.job, ready.id) != (job, id_):
-            ready = _Ready(self._connected(), job, id_)
-        stored, runs = ready.stored, ready.runs
+        progress, id_ = Path(request["progress"]), CheckpointId(*request["id"])
+        progress.unlink(missing_ok=True)
+        found: dict[str, Any] = {"complete": False, "pages": 0, "error": None}
+        total = 0
+        link, peer = socket.socketpair()
+        with link:
+            # At once: what is asked for meanwhile waits there.
+            with peer:
+                socket.send_fds(self._control, [json.dumps({"number": number}).encode()], [peer.fileno()])
+            try:
+                ready = self._patiently(lambda: self._made_ready(job, id_), link)
+                total = sum(pages for some in ready.runs.values() for _, _, pages in some)
+                found |= self._serve_pages(ready, link, request["criu"], progress, total)
+            except OutlastError as error:
+                found["error"] = str(error)
+        # What CRIU has opened stays; the manager may be gone, and nobody else would remove it.
+        shutil.rmtree(request["images"], ignore_errors=True)
+        found["seconds"] = round(time.monotonic() - begin, 3)
+        self._note(progress, {"over": True, "total": total, **found})
+        self._tell({"number": number, **found})
+
+    def _serve_pages(
+        self, ready: _Ready, link: socket.socket, criu_version: str, progress: Path, total: int
+    ) -> dict[str, Any]:
+        """Give pages at *link* until nobody asks for more; return what became of it."""
 
         def read(space: int, vaddr: int, count: int) -> bytes:
-            deadline = time.monotonic() + self._config.restart.pages_wait
-            while True:
-                try:
-                    return stored.read(space, vaddr, count)
-                except StoreUnavailable:
-                    # Without a manager nobody would restore the job again: it waits for the store.
-                    if time.monotonic() > deadline and self._has_manager():
-                        raise
-                    time.sleep(_RETRY_SECONDS)
+            return self._patiently(lambda: ready.stored.read(space, vaddr, count), link)
 
-        total = sum(pages for some in runs.values() for _, _, pages in some)
-        progress = Path(request["progress"])
-        server = PageServer(runs, read, request["criu"])
         self._note(progress, {"over": False, "pages": 0, "total": total})
-        with server.peer as peer:
-            socket.send_fds(self._control, [json.dumps({"number": number}).encode()], [peer.fileno()])
+        server = PageServer(ready.runs, read, criu_version, link)
         with contextlib.suppress(OutlastError):  # what cannot be had now is asked for again
             ready.load()
         told = 0
@@ -243,22 +245,25 @@ class _Server:
             if server.pages != told:
                 told = server.pages
                 self._note(progress, {"over": False, "pages": told, "total": total})
-        server.close()
-        # What CRIU has opened stays; the manager may be gone, and nobody else would remove it.
-        shutil.rmtree(request["images"], ignore_errors=True)
-        found = {
-            "complete": server.complete,
-            "pages": server.pages,
-            "error": None if server.error is None else str(server.error),
-            "seconds": round(time.monotonic() - begin, 3),
-        }
-        self._note(progress, {"over": True, "total": total, **found})
-        self._tell({"number": number, **found})
+        error = None if server.error is None else str(server.error)
+        return {"complete": server.complete, "pages": server.pages, "error": error}
 
-    def _has_manager(self) -> bool:
-        poll = select.poll()
-        poll.register(self._control, 0)
-        return not poll.poll(0)
+    def _made_ready(self, job: JobKey, id_: CheckpointId) -> _Ready:
+        if self._ready is None or (self._ready.job, self._ready.id) != (job, id_):
+            self._ready = _Ready(self._connected(), job, id_)
+        return self._ready
+
+    def _patiently(self, act: Callable[[], T], link: socket.socket) -> T:
+        """Call *act* until the store answers it, or somebody else can restore the job, or *link* has been closed."""
+        deadline = time.monotonic() + self._config.restart.pages_wait
+        while True:
+            try:
+                return act()
+            except StoreUnavailable:
+                # Without a manager nobody would restore the job again: it waits for the store.
+                if (time.monotonic() > deadline and _is_heard(self._control)) or not _is_heard(link):
+                    raise
+                time.sleep(_RETRY_SECONDS)
 
     def _note(self, progress: Path, value: Mapping[str, Any]) -> None:
         part = progress.with_name(progress.name + ".new")
@@ -273,6 +278,13 @@ class _Server:
             self._control.send(json.dumps(message).encode())
         except OSError:
             log.debug("the manager has ended meanwhile")
+
+
+def _is_heard(link: socket.socket) -> bool:
+    """Tell whether the other end of *link* is open."""
+    poll = select.poll()
+    poll.register(link, 0)
+    return not poll.poll(0)
 
 
 def read_progress(directory: Path) -> Mapping[str, Any] | None:

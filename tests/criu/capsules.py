@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from criu_backend import Capsule, Context, Criu, DumpResult, PageServer, put_back, start_capsule
+from criu_backend import Capsule, Context, Criu, DumpResult, put_back, start_capsule
 from tests.criu.waiting import eventually
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
@@ -222,7 +222,7 @@ class Place:
         *,
         uid: int | None = None,
         inherit: Sequence[tuple[int, str]] = (),
-        pages: PageServer | None = None,
+        pages: socket.socket | None = None,
     ) -> Job:
         """Restore what is in *images*; the memory follows from *pages*, if there is any."""
         peer = peer or self.peer()
@@ -236,7 +236,7 @@ class Place:
             uid=owner,
             dumped_by=version,
             inherit=inherit,
-            pages=pages.peer if pages is not None else None,
+            pages=pages,
         )
         return self._job(peer, capsule, state)
 

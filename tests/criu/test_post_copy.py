@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -71,8 +72,9 @@ def restored(place: Place, job: Job, source: Source, *, open_gate: bool = True) 
     assert write_eager_pages(source.images, source.runs, source.read) == source.given
     if not open_gate:
         source.gate.clear()
-    server = PageServer(source.runs, source.read, place.criu.version())
-    return place.restore(source.images, pages=server), server
+    link, pages = socket.socketpair()
+    server = PageServer(source.runs, source.read, place.criu.version(), link)
+    return place.restore(source.images, pages=pages), server
 
 
 def test_job_goes_on_and_has_its_memory(place: Place) -> None:
