@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 _RETRY_SECONDS = 0.5
 _TELL_SECONDS = 0.1
-_OPEN_SECONDS = 3600.0
 _LONGEST = 65536
 _FIRST_PAGES = 4096
 _GONE = "the page server ended"
@@ -74,8 +73,13 @@ class Pager:
         """Have it read ahead what it needs to give the pages of a checkpoint that is likely to be opened."""
         self._ask({"op": "prepare", "job": [job.cluster, job.job_id], "id": [id_.epoch, id_.seq]})
 
-    def open(self, job: JobKey, id_: CheckpointId, images: Path, criu_version: str, progress: Path) -> None:
-        """Have it give the pages of a checkpoint to who has what `opened` returns.
+    def open(
+        self, job: JobKey, id_: CheckpointId, images: Path, criu_version: str, progress: Path
+    ) -> socket.socket:
+        """Have it give the pages of a checkpoint; return the end of the line that CRIU's daemon is to have.
+
+        What is asked for before it can be given waits there. Closed unused, it calls all off. Should the pages not
+        be had, `result` will say so.
 
         Args:
             images: what it removes when all pages have come.
@@ -84,30 +88,19 @@ class Pager:
         """
         self._over = None
         self._number += 1
-        self._ask(
-            {
-                "op": "open",
-                "number": self._number,
-                "job": [job.cluster, job.job_id],
-                "id": [id_.epoch, id_.seq],
-                "images": os.fspath(images),
-                "criu": criu_version,
-                "progress": os.fspath(progress),
-            }
-        )
-
-    def opened(self) -> socket.socket:
-        """Return the end of its connection that CRIU's daemon is to have; closed unused, it calls all off.
-
-        Should the pages not be had, `result` will say so.
-
-        Raises:
-            OutlastError: there will be no pages.
-        """
-        answer, fds = self._hear(_OPEN_SECONDS)
-        if not fds:
-            raise OutlastError(str(answer.get("error", _GONE)))
-        return socket.socket(fileno=fds[0])
+        request = {
+            "op": "open",
+            "number": self._number,
+            "job": [job.cluster, job.job_id],
+            "id": [id_.epoch, id_.seq],
+            "images": os.fspath(images),
+            "criu": criu_version,
+            "progress": os.fspath(progress),
+        }
+        peer, link = socket.socketpair()
+        with link:
+            self._ask(request, link.fileno())
+        return peer
 
     def wait(self, seconds: float) -> bool:
         """Wait at most *seconds* for the last page to be given, or a failure; return whether it is over."""
@@ -115,7 +108,7 @@ class Pager:
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             if poll.poll(seconds * 1000):
-                self._over, _ = self._hear(0)
+                self._over = self._hear()
         return self._over is not None
 
     @property
@@ -133,27 +126,22 @@ class Pager:
 
         threading.Thread(target=reap, name="pager", daemon=True).start()
 
-    def _ask(self, request: Mapping[str, Any]) -> None:
+    def _ask(self, request: Mapping[str, Any], *fds: int) -> None:
         try:
-            self._socket.send(json.dumps(request).encode())
+            socket.send_fds(self._socket, [json.dumps(request).encode()], fds)
         except OSError:
-            log.warning("the page server has ended")  # which `opened` will find out
+            log.warning("the page server has ended")  # as who has the other end of the line will see
 
-    def _hear(self, seconds: float) -> tuple[dict[str, Any], list[int]]:
-        """Return what it says of the newest checkpoint; what it says of another is of no interest any more."""
-        self._socket.settimeout(seconds or None)
-        while True:
-            try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _LONGEST, 1)
-            except OSError:
-                data, fds = b"", []
-            if not data:
-                return {"complete": False, "pages": 0, "error": _GONE}, []
-            answer = json.loads(data)
-            if answer.pop("number") == self._number:
-                return answer, list(fds)
-            for fd in fds:
-                os.close(fd)
+    def _hear(self) -> dict[str, Any] | None:
+        """Return what became of the newest checkpoint that was opened, or None where it tells of another."""
+        try:
+            data = self._socket.recv(_LONGEST)
+        except OSError:
+            data = b""
+        if not data:
+            return {"complete": False, "pages": 0, "error": _GONE}
+        answer: dict[str, Any] = json.loads(data)
+        return answer if answer.pop("number") == self._number else None
 
 
 class _Ready:
@@ -186,7 +174,10 @@ class _Server:
         """Do what the manager asks for until it hangs up."""
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME.encode(), 0, 0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        while data := self._control.recv(_LONGEST):
+        while True:
+            data, fds, _, _ = socket.recv_fds(self._control, _LONGEST, 1)
+            if not data:
+                return
             request = json.loads(data)
             job = JobKey(*request["job"])
             try:
@@ -195,7 +186,7 @@ class _Server:
                 elif request["op"] == "prepare":
                     self._made_ready(job, CheckpointId(*request["id"]))
                 else:
-                    self._follow(job, request)
+                    self._follow(job, request, socket.socket(fileno=fds[0]))
             except OutlastError as error:
                 log.debug("not now: %s", error)  # when it is needed it is tried again
 
@@ -204,18 +195,14 @@ class _Server:
             self._store = open_store(self._config.store, node=this_node())
         return self._store
 
-    def _follow(self, job: JobKey, request: Mapping[str, Any]) -> None:
-        """Give one checkpoint's pages until nobody asks for more."""
+    def _follow(self, job: JobKey, request: Mapping[str, Any], link: socket.socket) -> None:
+        """Give one checkpoint's pages at *link* until nobody asks for more."""
         begin, number = time.monotonic(), request["number"]
         progress, id_ = Path(request["progress"]), CheckpointId(*request["id"])
         progress.unlink(missing_ok=True)
         found: dict[str, Any] = {"complete": False, "pages": 0, "error": None}
         total = 0
-        link, peer = socket.socketpair()
         with link:
-            # At once: what is asked for meanwhile waits there.
-            with peer:
-                socket.send_fds(self._control, [json.dumps({"number": number}).encode()], [peer.fileno()])
             try:
                 ready = self._patiently(lambda: self._made_ready(job, id_), link)
                 total = sum(pages for some in ready.runs.values() for _, _, pages in some)

@@ -141,9 +141,11 @@ class Restorer:
             files = closing.enter_context(_SettingBack(run, shim, checkpoint))
             pages = None
             if follow:
-                pages = closing.enter_context(
-                    self._open_pager(run, store, checkpoint, images, prepared is not None)
-                )
+                version, progress = self._criu.version(), run.directory / PROGRESS
+                pages = self._pager.open(run.job, checkpoint.id, images, version, progress)
+                closing.enter_context(pages)
+                if prepared is None:
+                    _fetch_part(store, run.job, checkpoint, images)
             else:
                 store.fetch(run.job, checkpoint.id, images)
             fetched = time.monotonic()
@@ -174,21 +176,6 @@ class Restorer:
     def _follow(self, checkpoint: Checkpoint) -> bool:
         how = self._config.restart.post_copy
         return how == "on" or (how == "auto" and checkpoint.image_bytes >= _WORTH_POST_COPY)
-
-    def _open_pager(
-        self, run: Run, store: Store, checkpoint: Checkpoint, images: Path, prepared: bool
-    ) -> socket.socket:
-        """Have the pager make ready to give the pages that follow, and the others fetched; return its end."""
-        version = self._criu.version()
-        self._pager.open(run.job, checkpoint.id, images, version, run.directory / PROGRESS)
-        try:
-            if not prepared:
-                _fetch_part(store, run.job, checkpoint, images)
-        except BaseException:
-            with contextlib.suppress(OutlastError):
-                self._pager.opened().close()
-            raise
-        return self._pager.opened()
 
     def _bring_back(
         self,

@@ -57,12 +57,15 @@ class Site:
             pid=1,
             connect=lambda job: None,
             prepare=lambda job, id: self.prepared.append(id),
-            open=lambda job, id, *_: self.opened.append(id),
-            opened=lambda: socket.socketpair()[0],
+            open=self._open,
         )
         self.launcher = Launcher(self.config, self.criu, EventLog(JOB, "n2"), cast(Pager, pager))
         with open_store(store) as opened:
             opened.put_record(JOB, "start", {"uid": 2000, "epoch": 0, "files": []})
+
+    def _open(self, job: JobKey, id: CheckpointId, *_: object) -> socket.socket:
+        self.opened.append(id)
+        return socket.socketpair()[0]
 
     def publish(self, seq: int) -> None:
         source = self.here / f"images{seq}"
