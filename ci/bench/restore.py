@@ -1,11 +1,11 @@
 """How soon a job runs on another node: everything fetched first and then CRIU's restore, against post-copy.
 
 Jobs of some sizes, with memory that cannot be compressed, are dumped on one node into the SFTP store and lost.
-Another node restores each in turns, with the product's own code. Time counts from the moment when the job may go on
-there, with the list of its checkpoints still to be read, to its first instruction. What comes before that is not
-in it: that a node is found dead and the scheduler starts the job elsewhere (the benchmark recovery), and that the
-manager connects to the store meanwhile, which is shown apart. The notes hold, by MiB, fetch_all_over_post_copy
-(of the medians) and first_instruction_ms (by post-copy).
+Another node restores each in turns, with the product's own launcher. Time counts from the moment when the job may
+go on there to its first instruction. What comes before that is not in it: that a node is found dead and the scheduler
+starts the job elsewhere (the benchmark recovery), and what the manager does meanwhile, which is shown apart: it
+connects to the store, and for post-copy fetches what the job needs first. When the job may go on it reads again what
+that is. The notes hold, by MiB, fetch_all_over_post_copy (of the medians) and first_instruction_ms (by post-copy).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(bench: Bench) -> None:
             for variant, rows in found.items():
                 for row in rows:
                     bench.add(variant, f"first instruction, {mib} MiB", row["first"], "ms")
-                    bench.add(variant, f"connecting, before it, {mib} MiB", row["connect"], "ms")
+                    bench.add(variant, f"connecting and what is fetched ahead, {mib} MiB", row["connect"], "ms")
                     bench.add(variant, f"fetched before it, {mib} MiB", row["fetch"], "ms")
                     bench.add(variant, f"all memory there, {mib} MiB", row["whole"], "ms")
             medians = {name: statistics.median(row["first"] for row in rows) for name, rows in found.items()}

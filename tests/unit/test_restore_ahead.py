@@ -1,4 +1,4 @@
-"""What a manager fetches before its job may go on is used only if the store has nothing newer when it may."""
+"""What a job goes on from: what its manager fetched before only if nothing newer came; what failed before is kept."""
 
 from __future__ import annotations
 
