@@ -49,7 +49,9 @@ def run(bench: Bench) -> None:
             for variant, rows in found.items():
                 for row in rows:
                     bench.add(variant, f"first instruction, {mib} MiB", row["first"], "ms")
-                    bench.add(variant, f"connecting and what is fetched ahead, {mib} MiB", row["connect"], "ms")
+                    bench.add(
+                        variant, f"connecting and what is fetched ahead, {mib} MiB", row["connect"], "ms"
+                    )
                     bench.add(variant, f"fetched before it, {mib} MiB", row["fetch"], "ms")
                     bench.add(variant, f"all memory there, {mib} MiB", row["whole"], "ms")
             medians = {name: statistics.median(row["first"] for row in rows) for name, rows in found.items()}
