@@ -30,6 +30,12 @@ _MANAGER_SECONDS = 20.0
 # The same for a run that cannot do without, and whose manager is seen to be starting.
 _RESTART_SECONDS = 120.0
 _TEMPORARY_FAILURE = 75
+# Where Slurm's Prolog notes the jobs that it was run for since this node was started, and for how long after its
+# start a job may turn up that it was not run for.
+_PROLOGS = "/run/outlast/prolog"
+_YOUNG_SECONDS = 600.0
+# How long slurmd may take to end a job that was queued again.
+_REQUEUE_SECONDS = 60.0
 # How long the manager may take to save the job before a signal that ends it is forwarded.
 _ASK_SECONDS = 120.0
 # Not forwarded: those that cannot be caught, that tell of the shim's own faults, and of its children.
@@ -72,6 +78,42 @@ def run_without(argv: list[str], why: str) -> None:
         sys.exit(_TEMPORARY_FAILURE)
     say(f"{why}; the job runs without checkpoints")
     become(argv)
+
+
+def node_was_lost() -> bool:
+    """Whether this node lost its power after Slurm's Prolog had prepared it for this run, and was back at once.
+
+    slurmd then starts the job without another Prolog. The first process of a node is as old as the node is up.
+    """
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    if not job_id or _JOB_ID[0] in os.environ or variable(_EPOCH, "0") == "0":
+        return False
+    if os.path.exists(f"{_PROLOGS}/{job_id}"):
+        return False
+    try:
+        with open("/proc/1/stat") as stat:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return False
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") < _YOUNG_SECONDS
+
+
+def queue_again() -> None:
+    """Have Slurm queue this job again, which ends this process; returns if that was not to be."""
+    import subprocess  # only a job whose node was lost needs it
+
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=False,
+            timeout=_REQUEUE_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if done.returncode == 0:
+        time.sleep(_REQUEUE_SECONDS)
 
 
 def become(argv: list[str]) -> None:
@@ -269,6 +311,8 @@ def main(arguments: list[str]) -> int:
     directory = directory or f"{_RUNTIME}/{variable(_JOB_ID, 'none')}"
     manager = connect(directory)
     if manager is None:
+        if node_was_lost():
+            queue_again()
         run_without(argv, f"no manager answers at {directory}/shim.sock")
         return 1
     status = Shim(argv, interval).run(manager)

@@ -11,6 +11,7 @@ from tests.cluster import Cluster, Job, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
+PROLOG = "/usr/libexec/outlast/slurm/prolog"
 COUNT = "i=0; until [ -e go ]; do i=$((i+1)); echo $i; sleep 0.2; done; exit 7"
 LARGE = """
 python3 -c 'import os, time
@@ -52,6 +53,16 @@ def no_configuration(cluster: Cluster, node: str) -> Iterator[None]:
         yield
     finally:
         cluster.on(node, "mv", path + ".kept", path)
+
+
+@contextmanager
+def no_prolog(cluster: Cluster, node: str) -> Iterator[None]:
+    """Have slurmd on *node* run nothing before a job, as when the node lost its power since."""
+    cluster.on(node, "mount", "--bind", "/bin/true", PROLOG)
+    try:
+        yield
+    finally:
+        cluster.on(node, "umount", PROLOG)
 
 
 def test_killed_manager_is_started_again_and_goes_on_with_the_checkpoints(cluster: Cluster) -> None:
@@ -156,4 +167,20 @@ def test_job_is_not_begun_again_where_there_is_no_manager_to_restore_it(cluster:
     assert "see that outlast works on this node" in job.lines()[-1]
     job.requeue()
     job.wait_for("restored", within=60)
+    assert_ends_with_7(job, "n3")
+
+
+def test_restarted_job_whose_node_was_lost_between_its_prolog_and_its_start_is_queued_again(
+    cluster_to_break: Cluster,
+) -> None:
+    cluster_to_break.testbed("kill-node", "n3")
+    cluster_to_break.testbed("start-node", "n3")
+    eventually(lambda: "n3" in cluster_to_break.idle(), within=60, what="n3 is idle")
+    job = cluster_to_break.submit(COUNT, "-w", "n3")
+    job.wait_for("checkpoint")
+    with no_prolog(cluster_to_break, "n3"):
+        job.requeue()
+        eventually(lambda: job.restarts >= 2, within=90, what="the job queued again by itself")
+
+    job.wait_for("restored", within=90)
     assert_ends_with_7(job, "n3")
