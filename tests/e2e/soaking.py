@@ -71,7 +71,7 @@ class Task:
 
     def lines(self) -> list[str]:
         """What it has printed, without what Slurm writes there when it takes a run for lost."""
-        return [line for line in self.job.lines(self.out) if not line.startswith("slurmstepd: ")]
+        return [line for line in self.job.lines(self.out) if not line.startswith("slurmstepd")]
 
 
 @dataclass
