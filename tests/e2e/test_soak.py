@@ -18,7 +18,7 @@ from tests.e2e import clocked
 from tests.e2e.conftest import KILLS_DONE, Kills
 from tests.e2e.soaking import Soak, Task, Work
 
-KILLS = int(os.environ.get("OUTLAST_E2E_SOAK", "3"))
+KILLS = int(os.environ.get("OUTLAST_E2E_SOAK", "2"))
 SEED = int(os.environ.get("OUTLAST_E2E_SEED", random.SystemRandom().randrange(10**6)))
 # As many as take a job of the soak about 40 s without a kill, or less where there are few kills.
 STEPS = min(160, 10 * KILLS)
