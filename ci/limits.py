@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from criu_backend import way_out
-from tests.criu.kinds.table import GROUPS, REFUSED, STEP, TCP_OUTSIDE, WORKS
+from tests.criu.kinds.table import DELETED_NFS, GROUPS, REFUSED, STEP, TCP_OUTSIDE, WORKS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "limits.md"
 BEGIN, END = "<!-- from tests/criu/kinds/table.py: python -m ci.limits -->", "<!-- end -->"
@@ -24,6 +24,7 @@ def tables() -> str:
     for kind in REFUSED:
         note = f" ({kind.note})" if kind.finding and kind.note else ""
         lines.append(f"| {kind.text}{note} | {way_out(kind.finding) if kind.finding else kind.note} |")
+    lines.append(f"| {DELETED_NFS.text} | {way_out(DELETED_NFS.name)} |")
     lines.append(f"| {STEP.text} | {way_out('step')} |")
     lines.append(f"| {TCP_OUTSIDE.text} | {way_out('tcp-outside')} |")
     return "\n".join(lines)

@@ -29,7 +29,11 @@ _KNOWN_DEVICES: Mapping[int, frozenset[int] | None] = {
     **dict.fromkeys(range(136, 144)),  # terminals
 }
 _KNOWN_SOCKETS = re.compile(r"UNIX.*|TCP(v6)?|UDP(-?Lite)?(v6)?|RAW(v6)?|PING(v6)?|NETLINK|PACKET")
-_MQUEUE_MAGIC = 0x19800202  # statfs(2)
+# statfs(2)
+_MQUEUE_MAGIC = 0x19800202
+_NFS_MAGIC = 0x6969
+# What NFS calls a file that is deleted while it is open: number and counter. Source: Linux, fs/nfs/unlink.c.
+_SILLY = re.compile(r"/\.nfs[0-9a-f]{24}$")
 # Not "net": CRIU dumps those too.
 _NAMESPACES = ("user", "pid_for_children", "mnt")  # the last is read last: see _process()
 
@@ -74,6 +78,7 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     ),
     "traced": ("it is traced by process {} (strace, gdb)", "checkpoints work once that has ended"),
     "deleted-large": ("a deleted file of {}", "at most 1 GiB goes with a checkpoint: do not delete it"),
+    "deleted-nfs": ("{}, deleted on NFS while it is open", "delete it when it has been closed"),
     "deleted-linked": ("{}, deleted, but with another name", "open the file by the name that it has now"),
 }
 KINDS = tuple(_WORDS)
@@ -230,8 +235,11 @@ def _file(pid: int, fd: int, target: str, facts: os.stat_result) -> Iterator[Fin
         if minors is not None and minor not in minors:
             yield _finding(_device_kind(target, major, minor), pid, fd, target)
     elif stat.S_ISREG(facts.st_mode):
-        if target.count("/") == 1 and _is_message_queue(f"/proc/{pid}/fd/{fd}"):
+        path = f"/proc/{pid}/fd/{fd}"
+        if target.count("/") == 1 and _is_on(path, _MQUEUE_MAGIC):
             yield _finding("message-queue", pid, fd, target.removesuffix(" (deleted)"))
+        elif _SILLY.search(target) and _is_on(path, _NFS_MAGIC):
+            yield _finding("deleted-nfs", pid, fd, target)
         elif target.endswith(" (deleted)"):
             size = facts.st_blocks * 512
             if facts.st_nlink:
@@ -289,10 +297,10 @@ class _Statfs(ctypes.Structure):
     _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_char * 248))
 
 
-def _is_message_queue(path: str) -> bool:
+def _is_on(path: str, magic: int) -> bool:
     facts = _Statfs()
     result = ctypes.CDLL(None).statfs(path.encode(), ctypes.byref(facts))
-    return bool(result == 0 and facts.f_type == _MQUEUE_MAGIC)
+    return bool(result == 0 and facts.f_type == magic)
 
 
 def _text(file: Path) -> str:

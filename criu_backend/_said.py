@@ -34,6 +34,7 @@ _HINTS = (
     # Those of a POSIX message queue alone are on a file system that is not mounted.
     (re.compile(r"Can't lookup mount=\d+ for fd=\d+ path=/[^/]*$"), way_out("message-queue")),
     (re.compile(r"fsnotify"), "watch files (inotify) on a file system with file handles: ext4, XFS, tmpfs"),
+    (re.compile(r"link remap for .*\.nfs"), way_out("deleted-nfs")),
     (re.compile(r"link remap"), way_out("deleted-linked")),
     (re.compile(r"Unable to convert uid or gid"), way_out("user-namespace")),
     (re.compile(r"have a proper root mount"), way_out("mount-namespace")),

@@ -132,6 +132,39 @@ def test_files_that_only_their_owner_may_reach_are_set_back_and_the_exit_code_is
     assert job.path("private").stat().st_mode & 0o777 == 0o600
 
 
+def test_lock_on_nfs_is_held_again_after_its_node_lost_its_power(vms: Cluster) -> None:
+    job = vms.submit(f"exec 3> lock; flock 3; {COUNTING}", checkpoint="5s")
+    first = job.wait_for("started", within=LONG).node
+    second = lose(vms, job, after=2)
+    lock = f"{job.directory}/lock"
+    others = [
+        vms.try_on(node, "flock", "--nonblock", lock, "true", user=True).returncode
+        for node in NODES
+        if node != first
+    ]
+    end = stop(job)
+    vms.testbed("start-node", first, within=LONG)
+
+    assert second != first
+    assert others == [1, 1]
+    assert end == ("COMPLETED", "0:0")
+    assert_counted(job)
+
+
+def test_file_on_nfs_that_is_deleted_and_open_is_named_and_costs_the_job_nothing(vms: Cluster) -> None:
+    job = vms.submit(f"exec 3> doomed; rm doomed; {COUNTING}", checkpoint="5s")
+    failed = job.wait_for("checkpoint-failed", within=LONG)
+    explained = vms.on(job.node, "outlast", "explain", job.id, user=True, within=LONG)
+    end = stop(job)
+
+    assert f"{job.directory[1:]}/.nfs" in failed.text
+    assert f"{job.directory}/.nfs" in explained
+    assert "deleted on NFS while it is open" in explained
+    assert job.checkpoints() == 0
+    assert end == ("COMPLETED", "0:0")
+    assert_counted(job)
+
+
 def test_every_way_of_dumping_works_on_every_kernel(vms: Cluster, self_tested: Tested) -> None:
     works = {"dumps, plain": "ok", "dumps, lazy": "ok", "dumps, forked": "ok"}
 

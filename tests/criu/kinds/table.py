@@ -290,5 +290,8 @@ REFUSED: tuple[Refused, ...] = (
 # A part of the job, but no part of its tree: CRIU would dump the rest. tests/slurm has it, which has srun.
 STEP = Kind("step", PROCESSES, "steps of srun in the job's script")
 
+# tests/vm has these, whose nodes have NFS.
+DELETED_NFS = Kind("deleted-nfs", FILES, "files on NFS that are deleted while they are open")
+
 # Dumped, but dead after a restore.
 TCP_OUTSIDE = Kind("tcp-outside", SOCKETS, "TCP connections to other hosts: they are dead after a restore")
