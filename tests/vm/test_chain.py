@@ -203,9 +203,9 @@ def test_node_that_is_cut_off_stops_its_job_before_another_begins(vms: Cluster) 
         again = job.wait_for("restored", within=LONG)
     finally:
         vms.testbed("heal", first)
+        # Slurm asks a node that was down only at every 20th ping. An operator would not wait; it may be back by now.
+        vms.try_on("ctl", "scontrol", "update", f"NodeName={first}", "State=RESUME")
     eventually(lambda: vms.left(first, job.id) == [], within=LONG, what="the old copy gone")
-    # Slurm asks a node that was down only at every 20th ping. An operator would not wait; it may be back just now.
-    vms.try_on("ctl", "scontrol", "update", f"NodeName={first}", "State=RESUME")
     end = stop(job)
 
     assert frozen.node == first
