@@ -149,7 +149,8 @@ def _digest(file: Path) -> str:
 
 def _trials(criu: Criu, places: TextIO) -> Iterator[Trial]:
     for mode in reversed(LADDER):
-        with tempfile.TemporaryDirectory(prefix="outlast-canary-") as name:
+        # Where this process ends in the middle, Python clears away beside CRIU, which may still write.
+        with tempfile.TemporaryDirectory(prefix="outlast-canary-", ignore_cleanup_errors=True) as name:
             print(name, file=places, flush=True)
             try:
                 yield Trial(mode, None, _try(criu, mode, Path(name)))

@@ -152,7 +152,7 @@ def test_lock_on_nfs_is_held_again_after_its_node_lost_its_power(vms: Cluster) -
 
 
 def test_file_on_nfs_that_is_deleted_and_open_is_named_and_costs_the_job_nothing(vms: Cluster) -> None:
-    job = vms.submit(f"exec 3> doomed; rm doomed; {COUNTING}", checkpoint="5s")
+    job = vms.submit(f"exec 3> doomed; rm doomed; {COUNTING}", "-e", "err", checkpoint="5s")
     failed = job.wait_for("checkpoint-failed", within=LONG)
     explained = vms.on(job.node, "outlast", "explain", job.id, user=True, within=LONG)
     end = stop(job)
@@ -160,6 +160,7 @@ def test_file_on_nfs_that_is_deleted_and_open_is_named_and_costs_the_job_nothing
     assert f"{job.directory[1:]}/.nfs" in failed.text
     assert f"{job.directory}/.nfs" in explained
     assert "deleted on NFS while it is open" in explained
+    assert "deleted on NFS while it is open" in job.path("err").read_text()
     assert job.checkpoints() == 0
     assert end == ("COMPLETED", "0:0")
     assert_counted(job)
