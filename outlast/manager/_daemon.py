@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -158,7 +159,11 @@ class Manager:
                     self._predecessor = old / "lock"
                 else:
                     run = Run.load(self._job, self._node, old)
-                    if run is not None and run.capsule is not None and run.capsule.alive:
+                    if (
+                        run is not None
+                        and run.capsule is not None
+                        and (run.capsule.alive or self._is_again())
+                    ):
                         run.mom = self._mom
                         self._run = run
                         return old
@@ -169,14 +174,22 @@ class Manager:
         (directory / "spool").mkdir(mode=0o700)
         return directory
 
+    @property
+    def _starting(self) -> Path:
+        """What whoever starts a manager for a run leaves for the run's shim, to be waited for."""
+        return self._link.with_name(self._link.name + ".starting")
+
+    def _is_again(self) -> bool:
+        """Whether this manager is started again in the place of one that died, and not for another run."""
+        return not self._starting.exists()
+
     def _point_link_at(self, directory: Path) -> None:
         self._directory = directory
         fresh = self._link.with_name(f"{directory.name}.link")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(directory.name)
         fresh.replace(self._link)
-        # Whoever started this manager left it for the shim, to be waited for.
-        self._link.with_name(self._link.name + ".starting").unlink(missing_ok=True)
+        self._starting.unlink(missing_ok=True)
 
     def _await_predecessor(self, shim: Shim) -> None:
         """Wait for the manager of the run before this one, which may be shipping the newest checkpoint."""
@@ -381,10 +394,12 @@ class Manager:
         assert run.capsule is not None  # noqa: S101
         while not run.capsule.wait(3600):
             pass
+        status: int | None
         try:
             status = os.waitstatus_to_exitcode(int((run.directory / "exit").read_text()))
         except FileNotFoundError:
-            status = None
+            # While its pages follow nothing ends a capsule but their failing, or somebody whom the scheduler knows.
+            status = None if run.pager is None else -signal.SIGKILL
         self._end(status, asked=(run.directory / "asked-to-end").exists())
 
     def _end(self, status: int | None, *, asked: bool = False) -> None:
@@ -612,9 +627,13 @@ class Manager:
     # --- a manager that died and was started again -------------------------------------------------------
 
     def _adopt(self, run: Run) -> None:
-        """Take over the running job of a manager that died."""
+        """Take over the job of a manager that died; where it ended meanwhile, tell of that."""
         self._pager.close()
         self._events.epoch = run.epoch
+        if run.capsule is not None and not run.capsule.alive:
+            self._events.add("manager-restarted", "the job had ended when its manager was started again")
+            threading.Thread(target=self._await_end, args=(run,), daemon=True).start()
+            return
         self._events.add("manager-restarted", "the job's manager was started again, and takes over")
         with (run.directory / "criu.lock").open("a") as file:
             # A dump that the old manager began goes on without it, and must be over before the next.
@@ -637,8 +656,8 @@ class Manager:
                     f"all memory is here: {found['pages']} pages followed",
                     pages=found["pages"],
                 )
-            run.pager = None
-            run.save()
+                run.pager = None
+                run.save()
         self._take_over(run)
 
 

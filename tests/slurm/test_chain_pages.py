@@ -232,6 +232,20 @@ def test_page_server_that_is_killed_costs_the_job_nothing_but_time(slow: Cluster
 
 @pytest.mark.long
 @pytest.mark.usefixtures("with_time")
+def test_job_whose_manager_and_page_server_are_killed_is_run_again(slow: Cluster) -> None:
+    job, node = bring_back(slow)
+    await_percent(job, node, 10)
+    found = manager_of(job, node)
+    slow.on(node, "kill", "-KILL", str(found["python3"]), str(found["outlast-pager"]))
+    rate(slow, "")
+    job.wait_for("restored", count=2, within=180)
+
+    assert_right(slow, job)
+    assert job.restarts == 2
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("with_time")
 def test_checkpoint_that_is_asked_for_while_pages_follow_is_taken_when_they_are_in(slow: Cluster) -> None:
     job, node = bring_back(slow)
     await_percent(job, node, 10)
