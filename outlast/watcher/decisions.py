@@ -177,7 +177,8 @@ def _running(view: LeaseView, job: SchedulerJob, snapshot: Snapshot, config: Con
 def _has_restarted(job: SchedulerJob, name: str, quiet: float, snapshot: Snapshot, config: Config) -> bool:
     """Whether a node was started after a job there was last heard of, and the job is the watcher's to be requeued."""
     node = snapshot.node_named.get(name)
-    if node is None or not node.up or node.started <= snapshot.now - quiet:
+    # It is told in whole seconds.
+    if node is None or not node.up or node.started + 1 <= snapshot.now - quiet:
         return False
     policy = restarts.policy_of(job, snapshot, config)
     return job.requeueable and config.watcher.mark_down and policy.on_node_failure

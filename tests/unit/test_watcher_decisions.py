@@ -116,7 +116,7 @@ ANSWERS = {"node": BOOTED, "probe": Probe(True, 9), "age": 8.1}
         ({"age": 7.9}, leave("manager silent, node alive", "manager-silent")),
         # slurmd alone was started anew, and the manager was heard after that.
         (
-            {"node": dataclasses.replace(ALIVE, started=NOW - 9)},
+            {"node": dataclasses.replace(ALIVE, started=NOW - 10)},
             leave("manager silent, node alive", "manager-silent"),
         ),
         ({"node": ALIVE}, leave("manager silent, node alive", "manager-silent")),
