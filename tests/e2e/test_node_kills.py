@@ -149,13 +149,11 @@ def test_job_goes_on_whose_node_is_back_before_it_was_missed(
     node = job.node
     cluster_to_break.cut_power(node)
     cluster_to_break.testbed("start-node", node)
-    job.wait_for("restored", within=90)
+    # The watcher misses the job or, where that takes longer, the node or, within a minute, Slurm itself does.
+    job.wait_for("restored", within=150)
 
     assert_right(job, right["lu"])
     assert job.restarts == 1
-    # On a busy machine it boots for so long that it is missed.
-    done = {event["event"] for event in job.events()}
-    assert done & {"requeued", "node-marked-down"}
 
 
 @pytest.fixture
