@@ -345,10 +345,11 @@ static void job_ended(const struct options *options, int status)
 	char text[32];
 	int32_t message = status;
 
-	send(options->status, &message, sizeof(message), MSG_NOSIGNAL);
+	/* Written first: once the scheduler hears of the end, it kills what is left, and this process with it. */
 	snprintf(text, sizeof(text), "%d\n", status);
 	write_file(options->state, "exit.new", text);
 	renameat(options->state, "exit.new", options->state, "exit");
+	send(options->status, &message, sizeof(message), MSG_NOSIGNAL);
 	/* The kernel kills what the job left behind, as a scheduler does when a batch script has ended. */
 	_exit(EXIT_SUCCESS);
 }
