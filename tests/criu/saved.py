@@ -68,7 +68,8 @@ class Saved:
 
     def restore(self) -> Job:
         """Set all back and restore the job."""
-        assert self.set_back() == ""
+        why_not = self.set_back()
+        assert not why_not, why_not
         return self.place.restore(self.images)
 
     def entry(self, path: Path) -> dict[str, Any]:

@@ -123,8 +123,11 @@ def quiet(capsule: Capsule) -> None:
     """Wait until all threads of the job stand still: then /proc shows the same for as long as they do."""
 
     def same() -> bool:
-        before = visible_state(capsule)
-        time.sleep(0.05)
-        return before == visible_state(capsule)
+        try:
+            before = visible_state(capsule)
+            time.sleep(0.05)
+            return before == visible_state(capsule)
+        except (FileNotFoundError, ProcessLookupError):
+            return False  # something was closed, or ended, while it was looked at
 
     eventually(same, "the job stands still")
