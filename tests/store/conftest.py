@@ -102,6 +102,14 @@ def job() -> JobKey:
 
 
 @pytest.fixture
+def nvme(tmp_path: Path) -> Path:
+    """The node's own directory."""
+    directory = tmp_path / "nvme"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+@pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Files like those of an image: large and small, in directories, with zeros and with holes."""
     directory = tmp_path / "image"

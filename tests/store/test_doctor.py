@@ -26,13 +26,6 @@ MOUNTED = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
 """
 
 
-@pytest.fixture
-def nvme(tmp_path: Path) -> Path:
-    directory = tmp_path / "nvme"
-    directory.mkdir(mode=0o700)
-    return directory
-
-
 def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
     found = {finding.what: finding for finding in findings}
     assert all(finding.remedy for finding in found.values() if finding.verdict != "ok")

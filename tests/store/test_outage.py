@@ -52,13 +52,6 @@ class Answering:
 
 
 @pytest.fixture
-def nvme(tmp_path: Path) -> Path:
-    directory = tmp_path / "nvme"
-    directory.mkdir(mode=0o700)
-    return directory
-
-
-@pytest.fixture
 def small(tmp_path: Path) -> Path:
     directory = tmp_path / "small"
     directory.mkdir()

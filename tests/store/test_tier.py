@@ -30,14 +30,6 @@ SECONDS = 60.0
 
 
 @pytest.fixture
-def nvme(tmp_path: Path) -> Path:
-    """The node's own directory."""
-    directory = tmp_path / "nvme"
-    directory.mkdir(mode=0o700)
-    return directory
-
-
-@pytest.fixture
 def tiered(config: StoreConfig, nvme: Path) -> StoreConfig:
     return dataclasses.replace(config, local=str(nvme))
 
