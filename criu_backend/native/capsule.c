@@ -9,8 +9,8 @@
  *       /dev/null as 0-2 and this process's descriptors 0-2 as 10-12, and adopts what it restored.
  *       With a pager (CRIU's lazy-pages daemon, a program like the other), that runs beside the restored tree
  *       until it has given it all its pages: it gets the descriptor of --pages as 13, and writes to 14 when it is
- *       ready, which the first program can read from its own 14. Should it fail, everything in the capsule ends at once, since pages that it has not given
- *       would be read as zeros.
+ *       ready, which the first program can read from its own 14. Should it fail, everything in the capsule ends at
+ *       once, since pages that it has not given would be read as zeros.
  *   outlast-capsule enter PID -- PROGRAM [ARGUMENT...]
  *       Runs PROGRAM inside the capsule whose init is PID (as this PID namespace numbers it); ends with its
  *       exit code. Signals other than SIGKILL are ignored: a CRIU that is killed may kill the job.
