@@ -3,16 +3,19 @@
 overhead.py MODE CHECKPOINTS EXPECTED PROGRAM [ARGUMENT...]
 
 MODE is "none", "plain" or "forked". EXPECTED is how many seconds the program takes alone: the checkpoints are
-asked for at equal distances of that. The program counts its own time, from its first instruction to its last.
+asked for at equal distances of that. The program counts its own time, from its first instruction to its last, and
+that of each step (stamps.c): from the steps around it comes what a checkpoint cost.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import socket
 import struct
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,18 +32,24 @@ _JOBS = Path("/run/outlast/jobs")
 # Says when the program began and ended; its output would be the terminal's cost, not the checkpoints'.
 _TIMED = 'date +%s.%N; "$@" >/dev/null; code=$?; date +%s.%N; times; exit $code'
 _TICKS = os.sysconf("SC_CLK_TCK")
+_STAMPS = Path(__file__).parent / "stamps.so"
+# What a checkpoint costs is looked for within so long after it, in at least so many steps.
+_AFTER_SECONDS = 5.0
+_LEAST_STEPS = 5
 
 
 def main() -> None:
     """Run the program."""
     mode, checkpoints, expected, *program = sys.argv[1:]
-    timed = ["sh", "-c", _TIMED, "timed", *program]
-    if mode == "none":
-        print(json.dumps(_times(_run(timed))))
-    else:
-        if known_self_test(Criu()) is None:
-            self_test(Criu())  # until it has been made, dumps are plain
-        print(json.dumps(_checkpointed(mode, int(checkpoints), float(expected), timed)))
+    with tempfile.TemporaryDirectory() as place:
+        stamps = Path(place) / "stamps"
+        timed = ["sh", "-c", _TIMED, "timed", "env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
+        if mode == "none":
+            print(json.dumps(_times(_run(timed))))
+        else:
+            if known_self_test(Criu()) is None:
+                self_test(Criu())  # until it has been made, dumps are plain
+            print(json.dumps(_checkpointed(mode, int(checkpoints), float(expected), timed, stamps)))
 
 
 def _run(command: Sequence[str]) -> str:
@@ -57,7 +66,37 @@ def _times(output: str) -> dict[str, float]:
     }
 
 
-def _checkpointed(mode: str, checkpoints: int, expected: float, command: Sequence[str]) -> dict[str, Any]:
+def _lost(stamps: Path, asked: Sequence[float]) -> list[float]:
+    """Return how many seconds longer the steps after each checkpoint took than those before and those later.
+
+    *asked* has the time of CLOCK_MONOTONIC at which each was asked for. Nothing is returned where steps take too long
+    to tell: those around a checkpoint are compared since a processor's speed changes from minute to minute by more than a
+    checkpoint costs. Of the steps compared with, those that took half as long again as most are left out.
+    """
+    data = stamps.read_bytes()
+    at = [int.from_bytes(data[:8], sys.byteorder) / 1e6]
+    for since in memoryview(data[8:]).cast("I"):
+        at.append(at[-1] + since / 1e6)
+    distance = min(_AFTER_SECONDS, (asked[-1] - asked[0]) / (len(asked) - 1) / 3)
+    lost = []
+    for moment in asked:
+        after: list[float] = []
+        beside: list[float] = []
+        for begin, end in itertools.pairwise(at):
+            if end > moment and begin < moment + distance:
+                after.append(end - begin)
+            elif moment - distance < end and begin < moment + 2 * distance:
+                beside.append(end - begin)
+        if min(len(after), len(beside)) < _LEAST_STEPS:
+            return []
+        most = 1.5 * statistics.median(beside)
+        lost.append(sum(after) - len(after) * statistics.mean(one for one in beside if one < most))
+    return lost
+
+
+def _checkpointed(
+    mode: str, checkpoints: int, expected: float, command: Sequence[str], stamps: Path
+) -> dict[str, Any]:
     name = f"overhead-{os.getpid()}"
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
         lines = [line for line in _CONFIG.read_text().splitlines() if not re.match(r"\s*mode\s*=", line)]
@@ -71,8 +110,10 @@ def _checkpointed(mode: str, checkpoints: int, expected: float, command: Sequenc
             manager = _JOBS / name / "manager.sock"
             _await_running(manager, job)
             start = time.monotonic()
+            asked = []
             for number in range(1, checkpoints + 1):
                 time.sleep(max(0.0, start + number * expected / (checkpoints + 1) - time.monotonic()))
+                asked.append(time.monotonic())
                 control.call(manager, {"op": "checkpoint", "wait": True}, timeout=expected)
             spent = _cpu_seconds(_peer(manager))
             output, _ = job.communicate()
@@ -86,6 +127,7 @@ def _checkpointed(mode: str, checkpoints: int, expected: float, command: Sequenc
         "pauses_ms": [float(pause) for pause, *_ in found],
         "shipped_bytes": sum(int(shipped) for *_, shipped in found),
         "manager_cpu_seconds": spent,
+        "lost_seconds": _lost(stamps, asked),
     }
 
 

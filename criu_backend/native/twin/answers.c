@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/ptrace.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -72,6 +73,8 @@ long ptrace(int request, ...)
 	void *address = va_arg(values, void *), *data = va_arg(values, void *);
 	va_end(values);
 	answers_ptrace = true;
+	if (request == PTRACE_SEIZE)
+		keep_processors_awake();
 	if (real == NULL)
 		*(void **) &real = dlsym(RTLD_NEXT, "ptrace");
 	if (!settle_twins()) {

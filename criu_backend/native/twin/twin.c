@@ -51,6 +51,8 @@ static bool made;
 static int record = -1;
 static int listener = -1;
 static struct timespec frozen;
+static bool dumping;
+static int awake = -1;
 
 void say(const char *format, ...)
 {
@@ -62,6 +64,20 @@ void say(const char *format, ...)
 	va_end(values);
 	if (print_on_level != NULL)
 		print_on_level(LOG_WARNING, "Warn  (outlast-twin): %s\n", text);
+}
+
+/* What stops for its tracer, some 25 times a process, wakes it on another processor, and is woken there itself. One that has gone
+ * idle takes many times as long to wake as the system call does that it is woken for, above all in a virtual machine; while
+ * the tree is frozen many are idle. The kernel forgets the wish with the file. Source: Documentation/power/pm_qos_interface.rst. */
+void keep_processors_awake(void)
+{
+	const int32_t latency_usecs = 0;
+
+	if (!dumping || awake >= 0)
+		return;
+	awake = open("/dev/cpu_dma_latency", O_WRONLY | O_CLOEXEC);
+	if (awake >= 0 && write(awake, &latency_usecs, sizeof(latency_usecs)) < 0)
+		say("/dev/cpu_dma_latency: %s", strerror(errno));
 }
 
 static bool write_down(pid_t pid, const struct order *order)
@@ -101,11 +117,11 @@ static void discard(pid_t twin)
 		;
 }
 
-/* Hides what the twin holds of the process's private memory. MADV_DONTFORK has it missing there and
+/* Hides what the twin holds of the process's private memory, and nothing else of what is to be hidden. MADV_DONTFORK has it missing there and
  * MADV_WIPEONFORK empty; huge pages of hugetlbfs may be taken from the twin by the process's next write. */
-static void hide(struct twin *twin, const struct layout *layout)
+static void hide(struct twin *twin)
 {
-	struct layout held;
+	struct layout held, *hidden = &twin->hidden;
 	char path[64];
 	size_t at = 0, kept = 0;
 
@@ -113,20 +129,19 @@ static void hide(struct twin *twin, const struct layout *layout)
 	int mine = open(path, O_RDONLY | O_CLOEXEC);
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", twin->twin);
 	int theirs = open(path, O_RDONLY | O_CLOEXEC);
-	twin->hidden.ranges = calloc(layout->count + 1, sizeof(struct range));
-	if (mine >= 0 && theirs >= 0 && twin->hidden.ranges != NULL && layout_read(&held, twin->twin)) {
-		for (size_t i = 0; i < layout->count; i++) {
-			const struct range *range = &layout->ranges[i];
-			while (at < held.count && held.ranges[at].start < range->start)
+	if (mine >= 0 && theirs >= 0 && layout_read(&held, twin->twin)) {
+		for (size_t i = 0; i < hidden->count; i++) {
+			const struct range range = hidden->ranges[i];
+			while (at < held.count && held.ranges[at].start < range.start)
 				at++;
-			bool same = at < held.count && held.ranges[at].start == range->start &&
-				    held.ranges[at].end == range->end;
-			if (same && (has_pages(theirs, range) || !has_pages(mine, range)))
-				twin->hidden.ranges[kept++] = *range;
+			bool same = at < held.count && held.ranges[at].start == range.start &&
+				    held.ranges[at].end == range.end;
+			if (same && (has_pages(theirs, &range) || !has_pages(mine, &range)))
+				hidden->ranges[kept++] = range;
 		}
 		layout_free(&held);
 	}
-	twin->hidden.count = kept;
+	hidden->count = kept;
 	if (mine >= 0)
 		close(mine);
 	if (theirs >= 0)
@@ -163,8 +178,9 @@ static void begin_twin(struct making *one, pid_t pid, bool first)
 		one->problem = begin_work(&one->work, pid, &one->layout.vdso, &one->order);
 }
 
-/* Ends what begin_twin() began; says why where there is no twin. */
-static void end_twin(struct making *one)
+/* Ends what begin_twin() began; says why where there is no twin. What is to be hidden of one that there is, is all
+ * of the process's private memory so far. */
+static struct twin *end_twin(struct making *one)
 {
 	struct order *order = &one->order;
 	const pid_t pid = one->work.pid;
@@ -200,24 +216,27 @@ static void end_twin(struct making *one)
 		if (fd >= 0)
 			close(fd);
 		syscall(SYS_ptrace, PTRACE_DETACH, (long) order->twin, NULL, NULL);
-		hide(twin, &one->layout);
+		twin->hidden = one->layout;
 		twin->next = twins;
 		twins = twin;
-	} else {
-		say("%d has no twin: %s", pid, problem != NULL ? problem : "it made none");
-		order->twin = 0;
-		order->beat = 0;
-		write_down(pid, order);
-		free(twin);
+		return twin;
 	}
+	say("%d has no twin: %s", pid, problem != NULL ? problem : "it made none");
+	order->twin = 0;
+	order->beat = 0;
+	write_down(pid, order);
+	free(twin);
 	layout_free(&one->layout);
+	return NULL;
 }
 
-static void end_oldest(void)
+static struct twin *end_oldest(void)
 {
-	end_twin(&making[oldest]);
+	struct twin *twin = end_twin(&making[oldest]);
+
 	oldest = (oldest + 1) % places;
 	under_way--;
+	return twin;
 }
 
 /* The children of a process, behind each other and then 0. To be freed. */
@@ -272,10 +291,11 @@ static void make_twin_of(pid_t pid)
 	/* What cannot be asked is not traced, and has ended. */
 	if (syscall(SYS_ptrace, PTRACE_GETEVENTMSG, (long) pid, NULL, &nothing) < 0)
 		return;
-	if (under_way == places)
-		end_oldest();
+	struct twin *twin = under_way == places ? end_oldest() : NULL;
 	begin_twin(&making[(oldest + under_way) % places], pid, pid == root);
 	under_way++;
+	if (twin != NULL)
+		hide(twin);
 }
 
 /* Has the root take orphans again, as a job's root always does. If CRIU dies before this, the next dump does
@@ -314,8 +334,11 @@ bool settle_twins(void)
 {
 	if (making == NULL)
 		return true;
-	while (under_way > 0)
-		end_oldest();
+	while (under_way > 0) {
+		struct twin *twin = end_oldest();
+		if (twin != NULL)
+			hide(twin);
+	}
 	free(making);
 	making = NULL;
 	finish_root(root);
@@ -328,6 +351,7 @@ static int on_frozen(int pid)
 	if (made)
 		return 0;
 	made = true;
+	keep_processors_awake();
 	clock_gettime(CLOCK_MONOTONIC, &frozen);
 	if (getenv("OUTLAST_TWIN_MEND") != NULL) {
 		finish_root(pid);
@@ -352,9 +376,10 @@ static int on_init(int stage)
 {
 	/* What CRIU starts has no need of this. */
 	unsetenv("LD_PRELOAD");
-	made = stage != STAGE_DUMP;
+	dumping = stage == STAGE_DUMP;
+	made = !dumping;
 	const char *expected = getenv("OUTLAST_TWIN_ROOT");
-	if (!made && expected != NULL)
+	if (dumping && expected != NULL)
 		for_tree(atoi(expected), predict);
 	return 0;
 }
@@ -379,6 +404,10 @@ static void on_exit_(int stage, int error)
 		dprintf(record, "%ld\n", (now.tv_sec - frozen.tv_sec) * 1000000 + (now.tv_nsec - frozen.tv_nsec) / 1000);
 		close(record);
 	}
+	if (awake >= 0)
+		close(awake);
+	awake = -1;
+	dumping = false;
 	while (twins != NULL) {
 		struct twin *twin = twins;
 		twins = twin->next;
