@@ -7,13 +7,19 @@ before and, but for the last, the one after. "Noise" is what two of these, one a
 The work of a program is repeated until a run lasts as long as asked for.
 
 On a machine with other work a run's time says little; "CPU ratio" is then of more use: the time that the program
-computed for, and its pauses, over the time that it computes for alone. And where a program's steps are short, its steps
-after each checkpoint are compared with those before and those later: "ratio by steps" is a run's time over the same without what
-those took longer. It is free of what a processor's speed changes by from one run to the next.
+computed for, and its pauses, over the time that it computes for alone. And from the time of each
+step comes what a checkpoint costs whatever the processor's speed is from one run to the next: how much less was done
+around it than before and after, in bins of 20 ms, each the median of all checkpoints. "Lost" is their sum from when
+it was asked for to a second later (and a step more on either side), and the note "by steps" is the ratio that this
+comes to. "None" is the same of moments without a checkpoint: what it may be wrong by.
+
+In the case "busy" the program computes on all cores, so that what ships its checkpoints takes from it. These are
+made by the job's interval, with a bound on that (checkpoint.cpu_share) and with none; the note "busy" has both
+ratios.
 
 The notes hold the medians of the ratios of forked checkpoints, lu {checkpoints: ratio} and matmul and cellular
-{size: ratio}, and noise. --plot draws them beside what the papers measured. Forked alone, all cases take a
-little more than an hour; with --keep they can be measured one by one, and what is broken off loses only the case
+{size: ratio}, and noise. --plot draws them beside what the papers measured. Forked alone, all cases take an
+hour and a half; with --keep they can be measured one by one, and what is broken off loses only the case
 that it was at.
 """
 
@@ -23,6 +29,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +45,6 @@ ROUNDS = 5
 
 _PROGRAMS = Path(__file__).parent / "programs"
 _PROBE_SECONDS = 3.0
-_PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -49,27 +55,48 @@ class _Case:
     size: int
     checkpoints: tuple[int, ...]
     probe_steps: int
-    seconds: float = 62.0  # a minute, and what the probes may be wrong by
+    seconds: float = 64.0  # a minute, and what the probes may be wrong by
+    shares: tuple[str, ...] = ("-",)  # of checkpoint.cpu_share; "-" for checkpoints that are asked for
+
+    @property
+    def busy(self) -> bool:
+        """Whether it computes on all cores, so that what ships its checkpoints takes from it."""
+        return self.shares != ("-",)
 
     @property
     def name(self) -> str:
-        return f"{self.program} {self.size}"
+        return f"{self.program} {self.size}{' on all cores' if self.busy else ''}"
 
     @property
     def word(self) -> str:
         """What it is called on the command line."""
-        return f"{self.program}-{self.size}"
+        return f"{'busy-' if self.busy else ''}{self.program}-{self.size}"
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a program runs: by itself, or with so many checkpoints."""
+
+    mode: str = "none"
+    share: str = "-"
+    count: int = 0
+
+    @property
+    def name(self) -> str:
+        bound = "" if self.share == "-" else f", cpu_share {self.share}"
+        return f"{self.mode}, {self.count} checkpoints{bound}"
 
 
 # LU's image is about 1.3 MB at order 400, as the paper's was.
 _CASES = (
-    _Case("lu", 400, (3, 6), 150, 36.5),
+    _Case("lu", 400, (3, 6), 150, 37.0),
     _Case("matmul", 500, (10,), 66),
     _Case("matmul", 615, (10,), 36),
     _Case("matmul", 1020, (10,), 8),
     _Case("matmul", 1500, (10,), 3),
     _Case("cellular", 1024, (10,), 600),
     _Case("cellular", 2048, (10,), 150),
+    _Case("matmul", 1500, (10,), 3, shares=("0", "0.25")),
 )
 
 
@@ -91,7 +118,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="of plain (sequential) and forked; both unless given",
     )
     parser.add_argument(
-        "--seconds", type=float, help="how long a run lasts; 62, and 36.5 of LU, as in its paper, unless given"
+        "--seconds",
+        type=float,
+        help="how long a run lasts; 64, and 37 of LU, as in its paper, unless given",
     )
     parser.add_argument(
         "--keep",
@@ -128,21 +157,33 @@ def run(bench: Bench) -> None:
                 _keep(bench, case, found[case])
     ratios: dict[str, dict[str, float]] = {}
     noise: dict[str, float] = {}
+    by_steps: dict[str, dict[str, float]] = {}
+    busy: dict[str, float] = {}
     for case in cases:
         if case not in missing:
             for row in found[case]:
                 for value in row.values:
                     bench.add(row.variant, row.quantity, value, row.unit)
+        alone = next(row.median for row in found[case] if row.quantity == f"{case.name}, run")
         for row in found[case]:
             if row.quantity == f"{case.name}, ratio":
                 if row.variant == "none":
                     noise[case.name] = round(row.median, 4)
+                elif row.variant.startswith("forked") and case.busy:
+                    busy[row.variant.split()[-1]] = round(row.median, 4)
                 elif row.variant.startswith("forked"):
                     key = row.variant.split()[1] if case.program == "lu" else str(case.size)
                     ratios.setdefault(case.program, {})[key] = round(row.median, 4)
+            elif row.quantity == f"{case.name}, lost":
+                count = max(case.checkpoints) if row.variant == "none" else int(row.variant.split()[1])
+                ratio = 1 + count * row.median / 1e3 / alone
+                by_steps.setdefault(case.name, {})[row.variant] = round(ratio, 4)
     for program, medians in ratios.items():
         bench.note(program, medians)
+    if busy:
+        bench.note("busy", busy)
     bench.note("noise", noise)
+    bench.note("by steps", by_steps)
     if bench.options.plot is not None:
         draw(bench.options.plot, ratios, noise)
 
@@ -180,57 +221,79 @@ def _keep(bench: Bench, case: _Case, rows: Sequence[Row]) -> None:
 
 
 def _measure(bench: Bench, bed: Bed, case: _Case) -> None:
-    probes = [_once(bed, case, case.probe_steps, "none", 0, _PROBE_SECONDS) for _ in range(_PROBES)]
-    probe = min(one["seconds"] for one in probes)  # a slow one would make runs too short
-    steps = math.ceil(case.probe_steps * (bench.options.seconds or case.seconds) / probe)
-    expected = probe / case.probe_steps * steps
+    wanted = bench.options.seconds or case.seconds
+    steps = case.probe_steps
+    # The second time for longer: the automaton's first steps take twice as long as its later ones.
+    for part in (1 / 3, 1.0):
+        expected = _once(bed, case, steps, _Way(), _PROBE_SECONDS)["seconds"]
+        steps, expected = math.ceil(steps * part * wanted / expected), part * wanted
     bench.say(f"{case.name}: {steps} steps, about {expected:.0f} s a run")
-    ways = [(mode, count) for count in case.checkpoints for mode in bench.options.modes]
+    ways = [
+        _Way(mode, share, count)
+        for count in case.checkpoints
+        for share in case.shares
+        for mode in bench.options.modes
+    ]
     alone: list[dict[str, Any]] = []
-    told: list[dict[tuple[str, int], dict[str, Any]]] = []
+    told: list[dict[_Way, dict[str, Any]]] = []
     for number in range(bench.round_count):
         bench.say(f"{case.name}: round {number + 1} of {bench.round_count}")
-        alone.append(_once(bed, case, steps, "none", 0, expected))
+        alone.append(_once(bed, case, steps, _Way(count=max(case.checkpoints)), expected))
         expected = float(alone[-1]["seconds"])
         turn = ways if number % 2 == 0 else reversed(ways)
-        told.append({(mode, count): _once(bed, case, steps, mode, count, expected) for mode, count in turn})
+        told.append({way: _once(bed, case, steps, way, expected) for way in turn})
     for one in alone:
         bench.add("none", f"{case.name}, run", one["seconds"], "s")
+    if not case.busy:
+        bench.add("none", f"{case.name}, lost", _lost(alone) * 1e3, "ms")
+        for way in ways:
+            bench.add(way.name, f"{case.name}, lost", _lost([one[way] for one in told]) * 1e3, "ms")
     for before, after in itertools.pairwise(alone):
         bench.add("none", f"{case.name}, ratio", after["seconds"] / before["seconds"], "")
     for number, answers in enumerate(told):
         _add_round(bench, case, answers, alone[number : number + 2])
 
 
+def _lost(runs: Sequence[dict[str, Any]]) -> float:
+    """Return how many seconds' worth of work a checkpoint cost, from what was left undone around all of *runs*."""
+    step = float(statistics.median(run["step_seconds"] for run in runs))
+    width = float(runs[0]["bin_seconds"])
+    short = [
+        statistics.median(one) for one in zip(*(one for run in runs for one in run["short"]), strict=True)
+    ]
+    asked = len(short) // 2
+    begin, end = asked - round(step / width), asked + round((1.0 + step) / width)
+    usual = statistics.mean(short[:begin] + short[end:])
+    return float(width * sum(one - usual for one in short[begin:end]))
+
+
 def _add_round(
     bench: Bench,
     case: _Case,
-    answers: dict[tuple[str, int], dict[str, Any]],
+    answers: dict[_Way, dict[str, Any]],
     alone: Sequence[dict[str, Any]],
 ) -> None:
     """Add what the runs of one round took, beside those without checkpoints before and after it."""
     seconds = statistics.mean(one["seconds"] for one in alone)
     computed = statistics.mean(one["cpu_seconds"] for one in alone)
-    for (mode, count), answer in answers.items():
-        variant = f"{mode}, {count} checkpoints"
+    for way, answer in answers.items():
+        variant = way.name
         bench.add(variant, f"{case.name}, run", answer["seconds"], "s")
         bench.add(variant, f"{case.name}, ratio", answer["seconds"] / seconds, "")
         worked = answer["cpu_seconds"] + sum(answer["pauses_ms"]) / 1e3
         bench.add(variant, f"{case.name}, CPU ratio", worked / computed, "")
-        if answer["lost_seconds"]:
-            lost = sum(answer["lost_seconds"])
-            bench.add(variant, f"{case.name}, ratio by steps", answer["seconds"] / (answer["seconds"] - lost), "")
         bench.add(variant, f"{case.name}, pause", statistics.median(answer["pauses_ms"]), "ms")
         bench.add(variant, f"{case.name}, shipped", answer["shipped_bytes"] / 1e6, "MB")
         bench.add(variant, f"{case.name}, manager's CPU", answer["manager_cpu_seconds"], "s")
 
 
-def _once(
-    bed: Bed, case: _Case, steps: int, mode: str, checkpoints: int, expected: float
-) -> dict[str, float]:
+def _once(bed: Bed, case: _Case, steps: int, way: _Way, expected: float) -> dict[str, Any]:
     home = "/shared/alice"
-    command = ["python3", "-W", "ignore", f"{home}/overhead.py", mode, str(checkpoints), str(expected)]
+    facts = [way.mode, way.share, str(way.count), str(expected)]
+    command = ["python3", "-W", "ignore", f"{home}/overhead.py", *facts]
     work = [f"{home}/{case.program}", str(case.size), str(steps)]
+    if case.busy:
+        work += ["--threads", str(os.cpu_count())]
     answer: dict[str, Any] = json.loads(
         bed.output("n1", [*command, *work], root=True, within=120 + 10 * expected)
     )

@@ -66,9 +66,9 @@ void say(const char *format, ...)
 		print_on_level(LOG_WARNING, "Warn  (outlast-twin): %s\n", text);
 }
 
-/* What stops for its tracer, some 25 times a process, wakes it on another processor, and is woken there itself. One that has gone
- * idle takes many times as long to wake as the system call does that it is woken for, above all in a virtual machine; while
- * the tree is frozen many are idle. The kernel forgets the wish with the file. Source: Documentation/power/pm_qos_interface.rst. */
+/* A process stops for CRIU some 25 times, and each time one processor wakes another. To wake one that has gone idle takes
+ * many times as long as what it is woken for, above all in a virtual machine; and while the tree is frozen most are
+ * idle. The kernel forgets the wish with the file. Source: Documentation/power/pm_qos_interface.rst. */
 void keep_processors_awake(void)
 {
 	const int32_t latency_usecs = 0;
@@ -117,7 +117,7 @@ static void discard(pid_t twin)
 		;
 }
 
-/* Hides what the twin holds of the process's private memory, and nothing else of what is to be hidden. MADV_DONTFORK has it missing there and
+/* Of the process's private memory, hides only what the twin holds. MADV_DONTFORK has it missing there and
  * MADV_WIPEONFORK empty; huge pages of hugetlbfs may be taken from the twin by the process's next write. */
 static void hide(struct twin *twin)
 {
@@ -178,8 +178,7 @@ static void begin_twin(struct making *one, pid_t pid, bool first)
 		one->problem = begin_work(&one->work, pid, &one->layout.vdso, &one->order);
 }
 
-/* Ends what begin_twin() began; says why where there is no twin. What is to be hidden of one that there is, is all
- * of the process's private memory so far. */
+/* Ends what begin_twin() began; returns the twin, of which hide() is due, or says why there is none. */
 static struct twin *end_twin(struct making *one)
 {
 	struct order *order = &one->order;

@@ -33,7 +33,7 @@ extern struct twin *twins;
  * must give the dump up, and has been told why. */
 bool settle_twins(void);
 
-/* From now on, for as long as the dump takes: no processor goes to sleep. Where that cannot be had nothing is changed. */
+/* Has no processor go to sleep from now on, until the dump is done. Where that cannot be had nothing is changed. */
 void keep_processors_awake(void);
 
 /* CRIU's calls of ptrace() come to this library, which settles the twins before the first that follows on their making. */
