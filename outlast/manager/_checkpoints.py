@@ -324,8 +324,7 @@ class Checkpointer:
         kept = [] if mom is None else mom.keep(capsule.tasks(), images, run.uid)
 
         def elsewhere(path: str) -> bool:
-            # CRIU's code inside the tasks has its log open, and may still.
-            return Path(path).is_relative_to(images) or (mom is not None and mom.kept_here(path))
+            return mom is not None and mom.kept_here(path)
 
         files = save(capsule.tasks(), images, run.uid, self._config.checkpoint, elsewhere)
         have = {entry["path"] for entry in files}

@@ -75,7 +75,10 @@ def save(
     # Small ones first, so that one large file does not keep all others from being saved.
     for file in sorted(_files(pids, scratch), key=lambda one: (one.info.st_size, one.path)):
         here = any(Path(file.path).is_relative_to(one) for one in scratch)
-        if kept_elsewhere(file.path) or not (file.writes or file.mapped or here):
+        # CRIU's code inside the tasks has its log open, and may still.
+        if Path(file.path).is_relative_to(images) or kept_elsewhere(file.path):
+            continue
+        if not (file.writes or file.mapped or here):
             continue
         entry: dict[str, Any] = {
             "path": file.path,

@@ -40,14 +40,7 @@ class Saved:
         self.files: list[dict[str, Any]] = []
 
         def look() -> None:
-            # CRIU's code inside the tasks has its log open, and may still.
-            self.files = save(
-                job.capsule.tasks(),
-                self.images,
-                place.uid,
-                config,
-                lambda path: Path(path).is_relative_to(self.images),
-            )
+            self.files = save(job.capsule.tasks(), self.images, place.uid, config)
             self.files += declared(os.fspath(place.path), patterns, place.uid)
 
         with place.criu.dump(job.capsule, self.images, look, mode=mode or place.mode) as result:
