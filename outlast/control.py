@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlast.errors import OutlastError
+from outlast.errors import OutlastError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,12 @@ def answer(connection: socket.socket, handle: Handler) -> None:
         connection.settimeout(_REQUEST_SECONDS)
         peer = peer_of(connection)
         with connection.makefile("rwb") as file:
+            if not (line := file.readline(_LONGEST_LINE)):
+                return  # it has hung up without a word, as one does that only looks who is there
             try:
-                request = json.loads(file.readline(_LONGEST_LINE))
+                request = _parsed(line)
                 if not isinstance(request, dict):
-                    raise OutlastError("the request is no JSON object")
+                    raise UsageError("the request is no JSON object")
                 reply = {"ok": True, **handle(peer, request)}
             except OutlastError as error:
                 reply = {"ok": False, "error": str(error), "hint": error.hint, "exit_code": error.exit_code}
@@ -83,6 +85,14 @@ def answer(connection: socket.socket, handle: Handler) -> None:
                 reply = {"ok": False, "error": f"internal fault: {error!r}", "hint": None, "exit_code": 70}
             connection.settimeout(None)
             file.write(json.dumps(reply).encode() + b"\n")
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        request: object = json.loads(line)
+    except ValueError:
+        raise UsageError("the request is no JSON") from None
+    return request
 
 
 def serve(listener: socket.socket, handle: Handler) -> None:
