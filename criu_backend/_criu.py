@@ -201,7 +201,7 @@ class Criu:
             mode,
             pause=statistics(images)["frozen_time"] / 1e6,
             criu_version=self.version(),
-            must_end=headroom.is_short,
+            headroom=headroom,
             reason=reason,
         )
 

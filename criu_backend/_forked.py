@@ -8,7 +8,6 @@ from pathlib import Path
 from criu_backend._images import ImageError, entries
 from criu_backend._memory import FileMemory, Memory, Run, RunIndex, space_of
 from criu_backend._pagemap import LAZY, PAGE, PRESENT, Entry, read_pagemap, write_pagemap
-from criu_backend._predicted import verify
 from criu_backend._twins import Twin
 
 # Source: linux/mman.h, and criu/include/image.h, VMA_AREA_*.
@@ -49,7 +48,6 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
         twins: those of the processes in *images*; a process may have none.
 
     Raises:
-        Mispredicted: CRIU was told something of a process that was not so.
         ImageError: the images are not what they should be, or a page is neither in them nor in a twin.
         OSError: a twin has ended.
     """
@@ -57,13 +55,12 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
     made: dict[str, Memory] = {}
     threads = {process["pid"]: process["threads"] for process in entries(images / "pstree.img")}
     for twin in twins:
-        verify(images, twin)
         image = images / f"pagemap-{twin.pid}.img"
         old = read_pagemap(image)
         name = f"pages-{old.pages_id}.img"
         present = [entry for entry in old.entries if entry.flags & PRESENT]
         missing = [(e.vaddr, e.vaddr + e.pages * PAGE) for e in old.entries if not e.flags & PRESENT]
-        held = list(_without(twin.pages(), [(e.vaddr, e.vaddr + e.pages * PAGE) for e in present]))
+        held = list(_without(iter(twin.pages()), [(e.vaddr, e.vaddr + e.pages * PAGE) for e in present]))
         if any(True for _ in _without(iter(missing), held)):
             raise ImageError(f"{image.name}: pages are missing that the twin does not hold")
         lazy, stacks = _lazy_ranges(images, twin.pid), _stack_pages(images, threads[twin.pid])

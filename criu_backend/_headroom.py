@@ -58,6 +58,14 @@ class Headroom:
             return f"twins may need {need // _MIB} MiB, and {max(free[0], 0) // _MIB} MiB are free"
         return None
 
+    def is_ample(self, size: int) -> bool:
+        """Return whether there is room for *size* bytes twice, once here and once in the tree.
+
+        It is so much that what comes of it is not found to be short.
+        """
+        free = self._free()
+        return free is None or free[0] >= 2 * size + _kept_free(free[1])
+
     def is_short(self) -> bool:
         """Return whether twins must end now, before the kernel ends something of the job.
 
@@ -68,7 +76,7 @@ class Headroom:
             return False
         taken = max(self._last_free - free[0], 0) if self._last_free is not None else 0
         self._last_free = free[0]
-        return free[0] < min(int(free[1] * _SHARE_TO_GO_ON), _MOST_TO_GO_ON) + 2 * taken
+        return free[0] < _kept_free(free[1]) + 2 * taken
 
     def _free(self) -> tuple[int, int] | None:
         """Return (bytes free, of how many) where it is tightest."""
@@ -80,6 +88,10 @@ class Headroom:
         if "MemAvailable" in memory:
             found.append((memory["MemAvailable"], memory["MemTotal"]))
         return min(found, default=None)
+
+
+def _kept_free(limit: int) -> int:
+    return min(int(limit * _SHARE_TO_GO_ON), _MOST_TO_GO_ON)
 
 
 def _memory_groups(pid: int) -> list[_Group]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from criu_backend._capsule import Capsule
 from criu_backend._forked import complete
+from criu_backend._headroom import Headroom
 from criu_backend._memory import FileMemory, Memory, take_pages
 from criu_backend._pagemap import PAGE
+from criu_backend._predicted import verify
 from criu_backend._twins import Keeper, Twin, read_twins
+
+# What twins hold in all, in bytes, that is read at once, within some 30 ms.
+_MOST_TAKEN = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,13 @@ def collect(
     *,
     pause: float,
     criu_version: str,
-    must_end: Callable[[], bool],
+    headroom: Headroom,
     reason: str | None = None,
 ) -> DumpResult:
     """Make a result of what CRIU, and with a *mode* other than "plain" its plugin, left behind.
 
     Args:
-        must_end: asked again and again, from another thread, whether the twins must end for want of memory.
+        headroom: asked again and again, from another thread, whether the twins must end for want of memory.
 
     Raises:
         ImageError: the images are not what they should be.
@@ -74,7 +79,9 @@ def collect(
             twins, without, frozen = read_twins(capsule, images)
             if mode == "lazy":
                 pause = frozen
-            closing.callback(Keeper(twins, must_end).close)
+            closing.callback(_end, twins)
+            _take(images, twins, headroom)
+            closing.callback(Keeper(twins, headroom.is_short).close)
             (images / "twins").unlink()
             if without:
                 reason = f"{len(without)} of {len(without) + len(twins)} processes could have no twin"
@@ -96,3 +103,22 @@ def collect(
             _closing=closing.pop_all(),
         )
     raise AssertionError
+
+
+def _take(images: Path, twins: Sequence[Twin], headroom: Headroom) -> None:
+    """End twins that hold little at once: while they live each page that the job writes to is copied."""
+    for twin in twins:
+        verify(images, twin)
+    size = 0
+    for twin in twins:
+        size += twin.size()
+        if size > _MOST_TAKEN:
+            return
+    if headroom.is_ample(size):
+        for twin in twins:
+            twin.take()
+
+
+def _end(twins: Sequence[Twin]) -> None:
+    for twin in twins:
+        twin.end()

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from criu_backend._capsule import Capsule, _children, _inner_pid
-from criu_backend._memory import read_exactly
+from criu_backend._memory import RunIndex, read_exactly
+from criu_backend._pagemap import PAGE
 
 _NAME = "outlast-twin"  # native/twin/code.S
 _BEAT_SECONDS = 5.0
@@ -43,6 +44,8 @@ class Twin:
         self.copy_seconds = copy_seconds
         self._beat_at = beat
         self._beats = 0
+        self._ranges: list[tuple[int, int]] | None = None
+        self._taken: tuple[RunIndex, memoryview] | None = None
         self._pidfd = os.pidfd_open(here)
         try:
             self._mem = os.open(f"/proc/{here}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -52,19 +55,45 @@ class Twin:
 
     def readinto(self, vaddr: int, buffer: memoryview) -> None:
         """Fill *buffer* from the twin's memory at *vaddr*. Raises OSError when the twin has ended."""
-        read_exactly(self._mem, buffer, vaddr)
+        if (taken := self._taken) is not None:
+            index, memory = taken
+            at = index.offset(self.pid, vaddr, len(buffer))
+            buffer[:] = memory[at : at + len(buffer)]
+        else:
+            read_exactly(self._mem, buffer, vaddr)
 
-    def pages(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, end) of all the private memory that the twin holds, in order of address.
+    def pages(self) -> list[tuple[int, int]]:
+        """Return (start, end) of all the private memory that the twin holds, in order of address.
 
         As CRIU has it: what is in memory or swapped out, and neither a file's own page nor the zero page.
         """
-        pagemap = os.open(f"/proc/{self.here}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for start, end in private_mappings(self.here):
-                yield from _scan(pagemap, start, end)
-        finally:
-            os.close(pagemap)
+        if self._ranges is None:
+            pagemap = os.open(f"/proc/{self.here}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                areas = private_mappings(self.here)
+                self._ranges = [found for start, end in areas for found in _scan(pagemap, start, end)]
+            finally:
+                os.close(pagemap)
+        return self._ranges
+
+    def size(self) -> int:
+        """Return how much private memory the twin holds, in bytes."""
+        return sum(end - start for start, end in self.pages())
+
+    def take(self) -> None:
+        """Read all of its memory and end it: what its process writes to from now on is not copied any more.
+
+        Raises:
+            OSError: the twin has ended before.
+        """
+        index = RunIndex([(self.pid, start, (end - start) // PAGE) for start, end in self.pages()])
+        memory = memoryview(bytearray(index.size))
+        at = 0
+        for start, end in self.pages():
+            read_exactly(self._mem, memory[at : at + end - start], start)
+            at += end - start
+        self._taken = index, memory
+        self.kill()
 
     def has_guards(self) -> bool:
         """Return whether some of its memory is guarded (MADV_GUARD_INSTALL)."""
@@ -79,52 +108,52 @@ class Twin:
         self._beats += 1
         os.pwrite(self._mem, struct.pack("<Q", self._beats), self._beat_at)
 
-    def end(self) -> None:
-        """End the twin; what it held is gone."""
+    def kill(self) -> None:
+        """End the process; what was not taken of its memory cannot be read any more."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def give_up(self) -> None:
+        """The job needs the memory: end the process, and forget what was taken."""
+        self._taken = None
+        self.kill()
+
+    def end(self) -> None:
+        """End the twin; what it held is gone."""
+        self.give_up()
         os.close(self._pidfd)
         os.close(self._mem)
 
 
 class Keeper:
-    """Keeps *twins* alive until it is closed, and ends them then, or as soon as *must_end* says so."""
+    """Keeps *twins* alive until it is closed, but ends them as soon as *must_end* says so."""
 
     def __init__(self, twins: Sequence[Twin], must_end: Callable[[], bool], seconds: float = 0.1) -> None:
-        self._twins = list(twins)
+        self._twins = twins
         self._must_end = must_end
         self._seconds = seconds
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="twins", daemon=True)
-        self.gave_up = False  # the job needs the memory
         self._thread.start()
 
     def close(self) -> None:
-        """End the twins."""
+        """Keep them no longer."""
         self._closed.set()
         self._thread.join()
-        self._end()
 
     def _run(self) -> None:
         left = _BEAT_SECONDS
         while not self._closed.wait(self._seconds):
             left -= self._seconds
             if self._must_end():
-                self.gave_up = True
                 for twin in self._twins:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(twin.here, signal.SIGKILL)
+                    twin.give_up()
                 return
             if left <= 0:
                 left = _BEAT_SECONDS
                 for twin in self._twins:
                     with contextlib.suppress(OSError):
                         twin.beat()
-
-    def _end(self) -> None:
-        for twin in self._twins:
-            twin.end()
-        self._twins.clear()
 
 
 def read_twins(capsule: Capsule, images: Path) -> tuple[list[Twin], list[int], float]:

@@ -57,3 +57,16 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 def user_place() -> Iterator[Place]:
     """The same, for the user only."""
     yield from _place(USER)
+
+
+@pytest.fixture
+def lasting_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins of small jobs, too, live until the dump's result is closed."""
+    monkeypatch.setattr("criu_backend._result._MOST_TAKEN", -1)
+
+
+@pytest.fixture(params=["twins end at once", "twins last"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Once as dumps of small jobs are made, and once as those of large ones."""
+    if request.param == "twins last":
+        request.getfixturevalue("lasting_twins")

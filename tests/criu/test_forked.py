@@ -101,7 +101,7 @@ def test_writers_at_full_speed_are_whole_afterwards_and_after_a_restore(
 
 
 @pytest.mark.timeout(180)
-def test_tenth_generation_is_as_good_as_the_first(user_place: Place) -> None:
+def test_tenth_generation_is_as_good_as_the_first(user_place: Place, either_way: None) -> None:
     job = answering(
         user_place,
         """
@@ -126,7 +126,7 @@ def test_tenth_generation_is_as_good_as_the_first(user_place: Place) -> None:
     assert job.ended() == exit_code(3)
 
 
-def test_nothing_of_a_twin_is_left(place: Place) -> None:
+def test_nothing_of_a_twin_is_left(place: Place, lasting_twins: None) -> None:
     job = answering(place, "    def check(): return 1\n")
     images = place.images()
     with place.criu.dump(job.capsule, images, lambda: None, mode="forked") as result:
@@ -143,7 +143,36 @@ def test_nothing_of_a_twin_is_left(place: Place) -> None:
     assert "vdso" in Path(f"/proc/{job.pid}/maps").read_text()
 
 
-def test_twin_is_the_first_to_go_when_memory_is_short(user_place: Place) -> None:
+def test_twin_of_a_small_job_ends_at_once_and_its_memory_is_kept(user_place: Place) -> None:
+    job = answering(
+        user_place,
+        """
+    import hashlib
+    data = bytearray(os.urandom(24 << 20))
+    def check():
+        was = hashlib.sha256(data).hexdigest()
+        for page in range(0, len(data), 4096): data[page] ^= 255
+        return was
+        """,
+    )
+    images = user_place.images()
+    with user_place.criu.dump(job.capsule, images, lambda: None, mode="forked") as result:
+        assert (result.mode, result.reason) == ("forked", None)
+        eventually(lambda: only_the_job_is_left(job), "the twin is gone")
+        before = answer(user_place, job, 0)
+        put_back(result.memories, images)
+    user_place.touch("ask.1")
+    assert answer(user_place, job, 1) != before
+    for number in range(2):
+        (user_place.path / f"ask.{number}").unlink()
+    user_place.lose(job)
+    job = user_place.restore(images)
+
+    user_place.touch("ask.0")
+    eventually(lambda: job.said().count(f"answer 0 {before}") == 2, "the memory of the instant of the dump")
+
+
+def test_twin_is_the_first_to_go_when_memory_is_short(user_place: Place, lasting_twins: None) -> None:
     job = answering(user_place, "    def check(): return 1\n")
     with user_place.criu.dump(job.capsule, user_place.images(), lambda: None, mode="forked"):
         (twin,) = [pid for pid in children_of_init(job) if pid != job.pid]
@@ -151,7 +180,7 @@ def test_twin_is_the_first_to_go_when_memory_is_short(user_place: Place) -> None
         assert Path(f"/proc/{twin}/oom_score_adj").read_text() == "1000\n"
 
 
-def test_lost_twin_is_an_error_and_costs_the_job_nothing(user_place: Place) -> None:
+def test_lost_twin_is_an_error_and_costs_the_job_nothing(user_place: Place, lasting_twins: None) -> None:
     job = answering(user_place, "    def check(): return 1\n")
     with user_place.criu.dump(job.capsule, user_place.images(), lambda: None, mode="forked") as result:
         for pid in children_of_init(job):
@@ -169,7 +198,8 @@ def test_twin_whose_reader_is_gone_ends_by_itself(user_place: Place) -> None:
     job = answering(user_place, "    def check(): return 1\n")
     numbers = f"{job.capsule.init_pid}, {job.capsule.init_start}, {job.capsule.job_pid}"
     program = (
-        "import os, signal; from pathlib import Path; from criu_backend import Capsule, Criu\n"
+        "import os, signal; from pathlib import Path; from criu_backend import Capsule, Criu, _result\n"
+        "_result._MOST_TAKEN = -1\n"
         f"Criu().dump(Capsule({numbers}), Path({str(user_place.images())!r}), lambda: None, mode='forked')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -179,7 +209,7 @@ def test_twin_whose_reader_is_gone_ends_by_itself(user_place: Place) -> None:
     eventually(lambda: only_the_job_is_left(job), "the twin is gone", 100)
 
 
-def test_twin_of_a_dead_reader_is_gone_with_the_next_dump(user_place: Place) -> None:
+def test_twin_of_a_dead_reader_is_gone_with_the_next_dump(user_place: Place, lasting_twins: None) -> None:
     job = answering(user_place, "    def check(): return 1\n")
     user_place.criu.dump(job.capsule, user_place.images(), lambda: None, mode="forked")
 
@@ -253,7 +283,7 @@ def test_what_a_killed_criu_left_undone_is_done_by_the_next_dump(user_place: Pla
     assert not (user_place.path / ".forked").exists()
 
 
-def test_shared_memory_is_of_the_same_instant(user_place: Place) -> None:
+def test_shared_memory_is_of_the_same_instant(user_place: Place, either_way: None) -> None:
     """Two counters in shared and private memory are counted up in turn: they differ by one at most."""
     job = user_place.python("""
         import mmap
@@ -283,7 +313,7 @@ def test_shared_memory_is_of_the_same_instant(user_place: Place) -> None:
     assert "look False" not in job.said()
 
 
-def test_memory_that_a_twin_does_not_get_is_in_the_images(user_place: Place) -> None:
+def test_memory_that_a_twin_does_not_get_is_in_the_images(user_place: Place, either_way: None) -> None:
     job = answering(
         user_place,
         f"""
@@ -406,7 +436,7 @@ def test_stopped_process_stays_stopped(user_place: Place) -> None:
     job.says("continued")
 
 
-def test_job_may_close_its_pipe_while_its_twin_lives(user_place: Place) -> None:
+def test_job_may_close_its_pipe_while_its_twin_lives(user_place: Place, lasting_twins: None) -> None:
     job = user_place.start(
         ["/bin/sh", "-c", "(echo begin; while ! [ -e go ]; do sleep 0.05; done) | (cat; echo end)"]
     )

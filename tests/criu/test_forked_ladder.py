@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from criu_backend import Criu, best_mode, known_self_test, self_test
+from criu_backend import Criu, best_mode, known_self_test, put_back, self_test
 from criu_backend._plugin import TWIN_LIBRARY
 from criu_backend._selftest import LADDER
 from tests.criu.capsules import Job, Place
@@ -155,6 +155,18 @@ def test_job_near_its_memory_limit_is_dumped_plainly(tight_place: Place) -> None
     assert result.mode == "plain"
     assert result.reason is not None
     assert result.reason.startswith("twins may need ")
+    assert survives(tight_place, job, images)
+
+
+def test_twins_of_a_small_job_stay_where_there_is_no_room_for_a_copy_of_them(tight_place: Place) -> None:
+    job = answering(tight_place, _CHECKED.format(mib=60))
+    images = tight_place.images()
+    with tight_place.criu.dump(job.capsule, images, lambda: None, mode="forked") as result:
+        assert (result.mode, result.reason) == ("forked", None)
+        init = job.capsule.init_pid
+        assert len(Path(f"/proc/{init}/task/{init}/children").read_text().split()) == 2
+        put_back(result.memories, images)
+
     assert survives(tight_place, job, images)
 
 

@@ -31,7 +31,9 @@ def huge_pages(need: Callable[[str, str | None], None]) -> Iterator[None]:
     _NR_HUGEPAGES.write_text(before)
 
 
-def test_huge_pages_are_of_the_instant_of_the_dump(user_place: Place, huge_pages: None) -> None:
+def test_huge_pages_are_of_the_instant_of_the_dump(
+    user_place: Place, huge_pages: None, either_way: None
+) -> None:
     job = answering(
         user_place,
         """
@@ -90,7 +92,7 @@ _TREE = """
 
 @pytest.mark.parametrize("deep", [False, True], ids=["wide", "deep"])
 @pytest.mark.timeout(120)
-def test_tree_of_64_processes_is_of_one_instant(user_place: Place, deep: bool) -> None:
+def test_tree_of_64_processes_is_of_one_instant(user_place: Place, deep: bool, either_way: None) -> None:
     job = answering(user_place, _TREE.format(deep=deep))
     assert answer(user_place, job, 0) == "(True, {0})"
     images = forked(user_place, job)
