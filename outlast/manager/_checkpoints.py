@@ -24,7 +24,7 @@ from outlast.manager._guard import is_frozen
 from outlast.manager._interval import Pace, phase
 from outlast.manager._launch import Launcher
 from outlast.manager._modes import Modes
-from outlast.manager._pace import paced
+from outlast.manager._pace import beside, paced
 from outlast.manager._run import Run, keep_log
 from outlast.manager._saving import declared, make_durable, save
 from outlast.manager._script import keep_script
@@ -152,7 +152,7 @@ class Checkpointer:
             # CRIU inherits the lock, and so holds it even if this manager dies while it dumps.
             fcntl.flock(lock, fcntl.LOCK_EX)
             with open_store(
-                self._config.store, node=self._run.node, told=self._shipped, turn=self._store_turn
+                self._config.store, node=self._run.node, told=self._shipped, turn=self._later
             ) as store:
                 with contextlib.suppress(OutlastError):  # the next checkpoint is shipped all the same
                     store.resume(self._run.job, self._run.epoch)
@@ -191,6 +191,17 @@ class Checkpointer:
         at_store = contextlib.nullcontext() if store.ships_later else self._store_turn()
         with self._node_turns.taken(self._hurry), at_store:
             yield
+
+    @contextlib.contextmanager
+    def _later(self) -> Iterator[None]:
+        """The turn of what goes to the store from this node's own directory."""
+        with self._store_turn(), self._beside():
+            yield
+
+    def _beside(self) -> contextlib.AbstractContextManager[None]:
+        """Ship on processors that the job leaves alone, where it does."""
+        capsule = self._run.capsule
+        return beside(capsule.tasks() if capsule is not None else ())
 
     def _hurry(self, seconds: float) -> bool:
         """Wait for *seconds* unless somebody waits for a checkpoint or the job has ended; tell if that is so."""
@@ -236,7 +247,8 @@ class Checkpointer:
                 make_durable(files, self._run.uid)
                 meta = self._meta(result, files)
                 begin = time.monotonic()
-                checkpoint = self._ship(store, id_, images, result, meta, overtaken)
+                with self._beside():
+                    checkpoint = self._ship(store, id_, images, result, meta, overtaken)
         except (OutlastError, CriuError, CapsuleError, OSError) as error:
             # A job that ends while it is dumped is no failure of the dump; what ended it may have broken the
             # dump off first.

@@ -1,9 +1,12 @@
-"""A bound for what shipping a checkpoint takes of the node's processors."""
+"""Bounds for what shipping a checkpoint takes of the node's processors."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from outlast.store import Memory
 
@@ -56,3 +59,40 @@ def paced(
             sleep(min(ahead, _LONGEST_SLEEP))
 
     return [_Paced(memory, hold_back) for memory in memories]
+
+
+@contextlib.contextmanager
+def beside(pids: Iterable[int]) -> Iterator[None]:
+    """Have this thread, and those that it starts, run where no thread of the processes *pids* runs now.
+
+    Shipping has more threads than a node may have processors that nobody needs; if they may run anywhere, they take
+    turns with the job although one is idle. Where the job runs on all processors, so may they.
+    """
+    allowed = os.sched_getaffinity(0)
+    left = set(allowed)
+    for processor in _processors_of(pids):
+        left.discard(processor)
+        if not left:
+            break
+    if not left:
+        yield
+        return
+    with contextlib.suppress(OSError):  # may be forbidden, or the processors taken away just now
+        os.sched_setaffinity(0, left)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, allowed)
+
+
+def _processors_of(pids: Iterable[int]) -> Iterator[int]:
+    """Yield the processors that threads of *pids* run on, or wait for. Source: proc_pid_stat(5), fields 3 and 39."""
+    for pid in pids:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                fields = (task / "stat").read_text().rpartition(")")[2].split()
+                if fields[0] == "R":
+                    yield int(fields[36])
+        except OSError:
+            continue  # it has ended

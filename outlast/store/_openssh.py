@@ -50,6 +50,7 @@ class ProcessLink:
         """
         self._server = server
         self._answered = False
+        self._processors = os.sched_getaffinity(0)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the link
         mine, its = socket.socketpair()
         for end in (mine, its):
@@ -73,6 +74,7 @@ class ProcessLink:
 
     def send(self, data: bytes) -> None:
         """See `Link.send`."""
+        self._follow()
         try:
             self._socket.sendall(data)
         except OSError as error:
@@ -111,6 +113,14 @@ class ProcessLink:
             self._process.kill()
             self._process.wait()
         self._errors.close()
+
+    def _follow(self) -> None:
+        """Have ssh run where the thread may that it works for."""
+        processors = os.sched_getaffinity(0)
+        if processors != self._processors and self._process.poll() is None:
+            self._processors = processors
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(self._process.pid, processors)
 
     def _lost(self, error: Exception) -> Exception:
         """Return what became of the connection, in words that tell who can put it right."""

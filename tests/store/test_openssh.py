@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,27 @@ def test_server_behind_another_is_reached_as_ssh_config_says(
     assert works(server.config(server.served), job)
     assert "Accepted publickey" in jump.log
     jump.kill()
+
+
+def test_client_runs_on_the_processors_that_its_thread_may_run_on(server: SshServer, job: JobKey) -> None:
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("one processor")
+    one = {min(everywhere)}
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    others = set(children.read_text().split())
+    with open_store(server.config(server.served)) as store:
+        store.put_record(job, "start", {"a": 1})
+        (ssh,) = set(children.read_text().split()) - others
+
+        os.sched_setaffinity(0, one)
+        try:
+            store.put_record(job, "start", {"a": 2})
+            assert os.sched_getaffinity(int(ssh)) == one
+        finally:
+            os.sched_setaffinity(0, everywhere)
+        store.put_record(job, "start", {"a": 3})
+        assert os.sched_getaffinity(int(ssh)) == everywhere
 
 
 def test_connection_that_stands_already_is_used(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
-from outlast.manager._pace import paced
+import pytest
+
+from outlast.manager._pace import beside, paced
 
 
 class Node:
@@ -53,3 +59,52 @@ def test_without_a_share_nothing_is_held_back() -> None:
 
 def test_what_somebody_waits_for_is_not_held_back() -> None:
     assert Node().seconds_for(10, 0.5, hurry=True) == 10
+
+
+@pytest.fixture
+def compute() -> Iterator[Callable[[int], int]]:
+    """Starts a process that computes on a processor; returns its PID."""
+    started = []
+
+    def start(processor: int) -> int:
+        started.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        os.sched_setaffinity(started[-1].pid, {processor})
+        return started[-1].pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def processors(pids: Sequence[int]) -> tuple[set[int], set[int]]:
+    """Where this thread, and one that it starts, may run beside the processes *pids*."""
+    found: list[set[int]] = []
+    with beside(pids):
+        worker = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+        worker.start()
+        worker.join()
+        return os.sched_getaffinity(0), found[0]
+
+
+def test_shipping_leaves_the_processors_alone_that_the_job_computes_on(compute: Callable[[int], int]) -> None:
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("one processor")
+    for processor in sorted(everywhere)[:2]:
+        left = everywhere - {processor}
+        assert processors([compute(processor)]) == (left, left)
+        assert os.sched_getaffinity(0) == everywhere
+
+
+def test_beside_a_job_on_all_processors_shipping_may_run_on_all(compute: Callable[[int], int]) -> None:
+    everywhere = os.sched_getaffinity(0)
+    assert processors([compute(one) for one in everywhere]) == (everywhere, everywhere)
+
+
+def test_job_that_waits_or_has_ended_keeps_shipping_from_no_processor() -> None:
+    everywhere = os.sched_getaffinity(0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert processors([process.pid]) == (everywhere, everywhere)
+        process.kill()
+    assert processors([process.pid]) == (everywhere, everywhere)
