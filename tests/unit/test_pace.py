@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -67,14 +69,18 @@ def compute() -> Iterator[Callable[[int], int]]:
     started = []
 
     def start(processor: int) -> int:
-        started.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-        os.sched_setaffinity(started[-1].pid, {processor})
-        return started[-1].pid
+        code = "print(end='.', flush=True)\nwhile True: pass"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        started.append(process)
+        os.sched_setaffinity(process.pid, {processor})
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."
+        return process.pid
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def processors(pids: Sequence[int]) -> tuple[set[int], set[int]]:
@@ -104,7 +110,14 @@ def test_beside_a_job_on_all_processors_shipping_may_run_on_all(compute: Callabl
 
 def test_job_that_waits_or_has_ended_keeps_shipping_from_no_processor() -> None:
     everywhere = os.sched_getaffinity(0)
-    with subprocess.Popen(["sleep", "60"]) as process:
-        assert processors([process.pid]) == (everywhere, everywhere)
-        process.kill()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b".")
+        assert process.stdout.read(1) == b"."
+        until = time.monotonic() + 30
+        while " S " not in Path(f"/proc/{process.pid}/stat").read_text() and time.monotonic() < until:
+            time.sleep(0.01)
+        waiting = processors([process.pid])
+    assert waiting == (everywhere, everywhere)
     assert processors([process.pid]) == (everywhere, everywhere)
