@@ -154,7 +154,7 @@ def test_steps_draw_one_thing_after_another(tmp_path: Path) -> None:
     program = (
         "from outlast.terminal import steps\nimport time\n"
         "with steps() as draw:\n    for name in ('17@0.1', '17@0.2'):\n"
-        "        for n in range(4):\n            draw(name, n, 3); time.sleep(0.1)\n"
+        "        for n in range(4):\n            draw(name, n, 3); time.sleep(1 if n == 2 else 0)\n"
     )
     pytest.importorskip("rich")
     shown = Terminal(sys.executable, "-c", program)
