@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from criu_backend._images import ImageError, entries
@@ -60,8 +60,8 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
         name = f"pages-{old.pages_id}.img"
         present = [entry for entry in old.entries if entry.flags & PRESENT]
         missing = [(e.vaddr, e.vaddr + e.pages * PAGE) for e in old.entries if not e.flags & PRESENT]
-        held = list(_without(iter(twin.pages()), [(e.vaddr, e.vaddr + e.pages * PAGE) for e in present]))
-        if any(True for _ in _without(iter(missing), held)):
+        held = list(_without(twin.pages(), [(e.vaddr, e.vaddr + e.pages * PAGE) for e in present]))
+        if any(True for _ in _without(missing, held)):
             raise ImageError(f"{image.name}: pages are missing that the twin does not hold")
         lazy, stacks = _lazy_ranges(images, twin.pid), _stack_pages(images, threads[twin.pid])
         found = sorted([*present, *_entries(held, lazy, stacks)], key=lambda entry: entry.vaddr)
@@ -72,7 +72,7 @@ def complete(images: Path, written: Sequence[FileMemory], twins: Sequence[Twin])
     return [*made.values(), *(memory for memory in written if memory.name not in made)]
 
 
-def _without(ranges: Iterator[Range], cut: Sequence[Range]) -> Iterator[Range]:
+def _without(ranges: Iterable[Range], cut: Sequence[Range]) -> Iterator[Range]:
     """Yield the parts of *ranges* that are in none of *cut*; both are in order and without overlap."""
     at = 0
     for start, end in ranges:
@@ -105,7 +105,7 @@ def _entries(held: Sequence[Range], lazy: Sequence[Range], stacks: Sequence[Rang
     late = list(_without(_within(held, lazy), stacks))
     for start, end in late:
         yield Entry(start, (end - start) // PAGE, PRESENT | LAZY)
-    for start, end in _without(iter(held), late):
+    for start, end in _without(held, late):
         yield Entry(start, (end - start) // PAGE, PRESENT)
 
 

@@ -59,12 +59,10 @@ class Headroom:
         return None
 
     def is_ample(self, size: int) -> bool:
-        """Return whether there is room for *size* bytes twice, once here and once in the tree.
-
-        It is so much that what comes of it is not found to be short.
-        """
+        """Return whether *size* bytes may be taken twice, here and by the tree, without its being short then."""
         free = self._free()
-        return free is None or free[0] >= 2 * size + _kept_free(free[1])
+        # If both are between two calls of is_short(), that reckons with twice as much again.
+        return free is None or free[0] >= (2 + 4) * size + _kept_free(free[1])
 
     def is_short(self) -> bool:
         """Return whether twins must end now, before the kernel ends something of the job.

@@ -79,9 +79,10 @@ def collect(
             twins, without, frozen = read_twins(capsule, images)
             if mode == "lazy":
                 pause = frozen
-            closing.callback(_end, twins)
-            _take(images, twins, headroom)
             closing.callback(Keeper(twins, headroom.is_short).close)
+            for twin in twins:
+                verify(images, twin)
+            _take(twins, headroom)
             (images / "twins").unlink()
             if without:
                 reason = f"{len(without)} of {len(without) + len(twins)} processes could have no twin"
@@ -105,20 +106,9 @@ def collect(
     raise AssertionError
 
 
-def _take(images: Path, twins: Sequence[Twin], headroom: Headroom) -> None:
+def _take(twins: Sequence[Twin], headroom: Headroom) -> None:
     """End twins that hold little at once: while they live each page that the job writes to is copied."""
-    for twin in twins:
-        verify(images, twin)
-    size = 0
-    for twin in twins:
-        size += twin.size()
-        if size > _MOST_TAKEN:
-            return
-    if headroom.is_ample(size):
+    size = sum(twin.size() for twin in twins)
+    if size <= _MOST_TAKEN and headroom.is_ample(size):
         for twin in twins:
             twin.take()
-
-
-def _end(twins: Sequence[Twin]) -> None:
-    for twin in twins:
-        twin.end()

@@ -88,11 +88,11 @@ class Twin:
         """
         index = RunIndex([(self.pid, start, (end - start) // PAGE) for start, end in self.pages()])
         memory = memoryview(bytearray(index.size))
+        self._taken = index, memory  # from here on it is forgotten by a give_up() in another thread
         at = 0
         for start, end in self.pages():
             read_exactly(self._mem, memory[at : at + end - start], start)
             at += end - start
-        self._taken = index, memory
         self.kill()
 
     def has_guards(self) -> bool:
@@ -126,10 +126,10 @@ class Twin:
 
 
 class Keeper:
-    """Keeps *twins* alive until it is closed, but ends them as soon as *must_end* says so."""
+    """Keeps *twins* alive until it is closed, and ends them then, or as soon as *must_end* says so."""
 
     def __init__(self, twins: Sequence[Twin], must_end: Callable[[], bool], seconds: float = 0.1) -> None:
-        self._twins = twins
+        self._twins = list(twins)
         self._must_end = must_end
         self._seconds = seconds
         self._closed = threading.Event()
@@ -137,9 +137,12 @@ class Keeper:
         self._thread.start()
 
     def close(self) -> None:
-        """Keep them no longer."""
+        """End the twins."""
         self._closed.set()
         self._thread.join()
+        for twin in self._twins:
+            twin.end()
+        self._twins.clear()
 
     def _run(self) -> None:
         left = _BEAT_SECONDS

@@ -74,10 +74,7 @@ def answer(connection: socket.socket, handle: Handler) -> None:
             if not (line := file.readline(_LONGEST_LINE)):
                 return  # it has hung up without a word, as one does that only looks who is there
             try:
-                request = _parsed(line)
-                if not isinstance(request, dict):
-                    raise UsageError("the request is no JSON object")
-                reply = {"ok": True, **handle(peer, request)}
+                reply = {"ok": True, **handle(peer, _parsed(line))}
             except OutlastError as error:
                 reply = {"ok": False, "error": str(error), "hint": error.hint, "exit_code": error.exit_code}
             except Exception as error:
@@ -87,11 +84,13 @@ def answer(connection: socket.socket, handle: Handler) -> None:
             file.write(json.dumps(reply).encode() + b"\n")
 
 
-def _parsed(line: bytes) -> object:
+def _parsed(line: bytes) -> Mapping[str, Any]:
     try:
-        request: object = json.loads(line)
+        request = json.loads(line)
     except ValueError:
         raise UsageError("the request is no JSON") from None
+    if not isinstance(request, dict):
+        raise UsageError("the request is no JSON object")
     return request
 
 

@@ -73,10 +73,8 @@ def beside(pids: Iterable[int]) -> Iterator[None]:
     for processor in _processors_of(pids):
         left.discard(processor)
         if not left:
+            left = allowed
             break
-    if not left:
-        yield
-        return
     with contextlib.suppress(OSError):  # may be forbidden, or the processors taken away just now
         os.sched_setaffinity(0, left)
     try:

@@ -18,7 +18,7 @@ from criu_backend import Criu, best_mode, known_self_test, put_back, self_test
 from criu_backend._plugin import TWIN_LIBRARY
 from criu_backend._selftest import LADDER
 from tests.criu.capsules import Job, Place
-from tests.criu.test_forked import ANSWERING, answer, answering, forked
+from tests.criu.test_forked import ANSWERING, answer, answering, children_of_init, forked
 from tests.criu.visible import tasks_of
 from tests.criu.waiting import eventually
 
@@ -163,8 +163,7 @@ def test_twins_of_a_small_job_stay_where_there_is_no_room_for_a_copy_of_them(tig
     images = tight_place.images()
     with tight_place.criu.dump(job.capsule, images, lambda: None, mode="forked") as result:
         assert (result.mode, result.reason) == ("forked", None)
-        init = job.capsule.init_pid
-        assert len(Path(f"/proc/{init}/task/{init}/children").read_text().split()) == 2
+        assert len(children_of_init(job)) == 2
         put_back(result.memories, images)
 
     assert survives(tight_place, job, images)
@@ -193,10 +192,8 @@ def test_twins_end_when_the_job_needs_their_memory(tight_place: Place, tight_gro
         assert result.mode == "forked"
         tight_place.touch("go")
         job.says("done")
-        init = job.capsule.init_pid
-        left = Path(f"/proc/{init}/task/{init}/children").read_text().split()
 
-        assert left == [str(job.pid)]
+        assert children_of_init(job) == [job.pid]
         assert kernel_killed(tight_group) == 0
     assert job.capsule.alive
 
