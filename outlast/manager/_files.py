@@ -6,11 +6,56 @@ import os
 import re
 import select
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-_DELETED = " (deleted)"
+DELETED = " (deleted)"
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A regular file with a name, that a process has open or mapped."""
+
+    link: str  # in /proc: leads to the very file, whatever its name leads to meanwhile
+    path: str
+    info: os.stat_result
+    position: int = 0
+    flags: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is open for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def named_file(link: str) -> NamedFile | None:
+    """Return the file that *link*, in /proc, leads to, if there is one and it is regular and has a name."""
+    try:
+        info = os.stat(link)  # noqa: PTH116 - follows the magic link to the open file itself
+        path = os.readlink(link)  # noqa: PTH115
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink == 0 or path.endswith(DELETED):
+        return None
+    return NamedFile(link, path, info)
+
+
+def open_files(pid: int) -> Iterator[NamedFile]:
+    """Yield each regular file with a name that process *pid* has open, with where it stands and its flags.
+
+    Even while the process stands still descriptors come and go: those of CRIU's code inside it.
+    """
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        file = named_file(os.fspath(fd))
+        if file is None:
+            continue
+        try:
+            position, flags = _position(Path(f"/proc/{pid}/fdinfo/{fd.name}"))
+        except FileNotFoundError:
+            continue
+        yield replace(file, position=position, flags=flags)
 
 
 def open_for_writing(pids: Iterable[int], *, links: bool = False) -> list[dict[str, Any]]:
@@ -24,17 +69,12 @@ def open_for_writing(pids: Iterable[int], *, links: bool = False) -> list[dict[s
     """
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for pid in pids:
-        directory = Path(f"/proc/{pid}/fd")
-        for fd in directory.iterdir():
-            info = os.stat(fd)  # noqa: PTH116 - follows the magic link to the open file itself
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink == 0 or (info.st_dev, info.st_ino) in found:
-                continue
-            if not _writes(Path(f"/proc/{pid}/fdinfo/{fd.name}")):
-                continue
-            path = os.readlink(fd)  # noqa: PTH115
-            if not path.endswith(_DELETED):
-                entry: dict[str, Any] = {"path": path, "size": info.st_size}
-                found[info.st_dev, info.st_ino] = entry | ({"link": os.fspath(fd)} if links else {})
+        for file in open_files(pid):
+            if file.writes:
+                entry: dict[str, Any] = {"path": file.path, "size": file.info.st_size}
+                found.setdefault(
+                    (file.info.st_dev, file.info.st_ino), entry | ({"link": file.link} if links else {})
+                )
     return sorted(found.values(), key=lambda entry: str(entry["path"]))
 
 
@@ -44,7 +84,8 @@ def standard_files(fds: Iterable[int]) -> list[dict[str, Any]]:
     for fd in fds:
         info = os.fstat(fd)
         path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
-        if stat.S_ISREG(info.st_mode) and info.st_nlink and _writes(Path(f"/proc/self/fdinfo/{fd}")):
+        _, flags = _position(Path(f"/proc/self/fdinfo/{fd}"))
+        if stat.S_ISREG(info.st_mode) and info.st_nlink and flags & os.O_ACCMODE != os.O_RDONLY:
             found[path] = {"path": path, "size": info.st_size}
     return list(found.values())
 
@@ -77,6 +118,7 @@ def _hung_up(fd: int) -> bool:
     return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
-def _writes(fdinfo: Path) -> bool:
-    match = re.search(r"^flags:\s*([0-7]+)", fdinfo.read_text(), re.M)
-    return match is not None and int(match[1], 8) & os.O_ACCMODE != os.O_RDONLY
+def _position(fdinfo: Path) -> tuple[int, int]:
+    """Return where a descriptor stands and its flags. Source: proc_pid_fdinfo(5)."""
+    match = re.search(r"^pos:\s*([0-9]+)\nflags:\s*([0-7]+)", fdinfo.read_text())
+    return (int(match[1]), int(match[2], 8)) if match else (0, 0)

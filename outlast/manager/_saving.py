@@ -12,7 +12,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import shutil
 import stat
 import time
@@ -25,9 +24,9 @@ from typing import Any
 
 from outlast.config import CheckpointConfig
 from outlast.errors import CheckpointRefused, OutlastError
+from outlast.manager._files import DELETED, NamedFile, named_file, open_files
 from outlast.manager._run import Run
 
-_DELETED = " (deleted)"
 _FICLONE = 0x40049409  # linux/fs.h
 # Of the first and the last bytes of a file there is a checksum: who writes a file's head anew is noticed.
 ENDS = 4096
@@ -238,31 +237,19 @@ def _as_user(uid: int) -> Iterator[None]:
 def _files(pids: Iterable[int], scratch: Sequence[Path]) -> list[_File]:
     found: dict[tuple[int, int], _File] = {}
     for pid in pids:
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            if (file := _file(os.fspath(fd), found)) is None:
-                continue
-            fdinfo = Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text()
-            match = re.search(r"^pos:\s*([0-9]+)\nflags:\s*([0-7]+)", fdinfo)
-            position, flags = (int(match[1]), int(match[2], 8)) if match else (0, 0)
-            if flags & os.O_ACCMODE != os.O_RDONLY:
+        for opened in open_files(pid):
+            file = _noted(opened, found)
+            if opened.writes:
                 file.writes = True
-                file.appends &= bool(flags & os.O_APPEND) or position == file.info.st_size
-        for area, mapped in _mappings(pid, scratch):
-            if (file := _file(f"/proc/{pid}/map_files/{area}", found)) is not None:
-                file.mapped |= mapped
+                file.appends &= bool(opened.flags & os.O_APPEND) or opened.position == file.info.st_size
+        for area, shared in _mappings(pid, scratch):
+            if (mapped := named_file(f"/proc/{pid}/map_files/{area}")) is not None:
+                _noted(mapped, found).mapped |= shared
     return list(found.values())
 
 
-def _file(link: str, found: dict[tuple[int, int], _File]) -> _File | None:
-    """Return the file that *link* leads to, if it is a regular one with a name, and note it in *found*."""
-    try:
-        info = os.stat(link)  # noqa: PTH116 - follows the magic link to the open file itself
-        path = os.readlink(link)  # noqa: PTH115
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink == 0 or path.endswith(_DELETED):
-        return None
-    return found.setdefault((info.st_dev, info.st_ino), _File(link, path, info))
+def _noted(file: NamedFile, found: dict[tuple[int, int], _File]) -> _File:
+    return found.setdefault((file.info.st_dev, file.info.st_ino), _File(file.link, file.path, file.info))
 
 
 def _mappings(pid: int, scratch: Sequence[Path]) -> Iterator[tuple[str, bool]]:
@@ -272,7 +259,7 @@ def _mappings(pid: int, scratch: Sequence[Path]) -> Iterator[tuple[str, bool]]:
         area, permissions, _, device, inode, *rest = line.split(None, 5)
         path = rest[0] if rest else ""
         shared = permissions[3] == "s" and permissions[1] == "w"
-        if inode == "0" or path.endswith(_DELETED) or (device, inode, shared) in seen:
+        if inode == "0" or path.endswith(DELETED) or (device, inode, shared) in seen:
             continue
         if shared or any(path.startswith(f"{one}/") for one in scratch):
             seen.add((device, inode, shared))
