@@ -258,11 +258,11 @@ def _start_time(pid: int) -> int | None:
 
 def _children(pid: int) -> list[int]:
     found: list[int] = []
-    try:
+    gone = (FileNotFoundError, ProcessLookupError)
+    with contextlib.suppress(*gone):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            found.extend(map(int, (thread / "children").read_text().split()))
-    except (FileNotFoundError, ProcessLookupError):
-        pass
+            with contextlib.suppress(*gone):  # others may have children
+                found.extend(map(int, (thread / "children").read_text().split()))
     return found
 
 

@@ -26,13 +26,14 @@ from criu_backend._capsule import (
     restore_capsule,
 )
 from criu_backend._headroom import Headroom
-from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid, statistics
+from criu_backend._images import ImageError, highest_pid, rearm_timers, require_owner, root_pid
 from criu_backend._owner import as_owner
 from criu_backend._plugin import TWIN_LIBRARY, TwinPlugin
 from criu_backend._ports import free_ports
 from criu_backend._predicted import Mispredicted
 from criu_backend._result import DumpResult, collect
 from criu_backend._said import CriuError, error_from_log
+from criu_backend._small import make_room
 from criu_backend._sockets import has_connections
 from criu_backend._twins import end_twins
 
@@ -139,6 +140,7 @@ class Criu:
         external: Sequence[str] = (),
         lock_fd: int | None = None,
         mode: str = "plain",
+        beside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> DumpResult:
         """Write images of the tree in *capsule* into the directory *images*, and let it run on.
 
@@ -156,6 +158,7 @@ class Criu:
             mode: "plain" writes the memory while the job stands still; "forked" has twins made of its
                 processes, and "lazy" does so without LD_PRELOAD, which takes longer. Where there can be no
                 twins the result is "plain", and says why.
+            beside: what is done while the job runs is done within this; CRIU runs without it.
 
         Raises:
             CriuError: there is no image; the job is unharmed.
@@ -166,6 +169,10 @@ class Criu:
         reason = None
         if mode != "plain" and (reason := self._plugin.why_not() or headroom.shortage()):
             mode = "plain"
+        room = None
+        if mode != "plain":
+            with beside():
+                room = make_room(headroom)
         predict, interruptions = True, 0
         try:
             while True:
@@ -173,7 +180,16 @@ class Criu:
                     self._write_images(
                         capsule, images, on_frozen, mode, predict, tcp=tcp, external=external, lock_fd=lock_fd
                     )
-                    return self._collect(capsule, images, mode, headroom, reason)
+                    with beside():
+                        return collect(
+                            images,
+                            capsule,
+                            mode,
+                            criu_version=self.version(),
+                            headroom=headroom,
+                            room=room,
+                            reason=reason,
+                        )
                 except Mispredicted as error:
                     reason = str(error)
                     predict = False
@@ -191,19 +207,6 @@ class Criu:
             if isinstance(error, ProcessLookupError):
                 raise CriuError(f"dump: {error}", log=log, hint="is there memory enough?") from None
             raise
-
-    def _collect(
-        self, capsule: Capsule, images: Path, mode: str, headroom: Headroom, reason: str | None
-    ) -> DumpResult:
-        return collect(
-            images,
-            capsule,
-            mode,
-            pause=statistics(images)["frozen_time"] / 1e6,
-            criu_version=self.version(),
-            headroom=headroom,
-            reason=reason,
-        )
 
     def _write_images(
         self,

@@ -49,9 +49,13 @@ class Headroom:
         self._groups = _memory_groups(self._pids[0]) if self._pids else []
         self._last_free: int | None = None
 
+    def resident(self) -> int:
+        """Return how much memory of their own, in bytes, the processes have."""
+        return sum(_resident(pid) for pid in self._pids)
+
     def shortage(self) -> str | None:
         """Return why there is no room for twins, or None where there is."""
-        size = sum(_resident(pid) for pid in self._pids)
+        size = self.resident()
         need = max(int(size * _SHARE_TO_BEGIN), _LEAST_TO_BEGIN) + size // _PAGE_TABLE_SHARE
         free = self._free()
         if free is not None and free[0] < need:

@@ -31,7 +31,7 @@ def verify(images: Path, twin: Twin) -> None:
     file = images / f"predicted-{twin.pid}"
     if not file.exists():
         return
-    true = dict(_mappings(Path(f"/proc/{twin.here}/smaps").read_text()))
+    true = dict(_mappings(twin.smaps()))
     for addresses, flags in _mappings(file.read_text()):
         found = true.get(addresses)
         copied = _NOT_COPIED not in flags

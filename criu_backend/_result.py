@@ -11,13 +11,12 @@ from pathlib import Path
 from criu_backend._capsule import Capsule
 from criu_backend._forked import complete
 from criu_backend._headroom import Headroom
+from criu_backend._images import statistics
 from criu_backend._memory import FileMemory, Memory, take_pages
 from criu_backend._pagemap import PAGE
 from criu_backend._predicted import verify
+from criu_backend._small import take
 from criu_backend._twins import Keeper, Twin, read_twins
-
-# What twins hold in all, in bytes, that is read at once, within some 30 ms.
-_MOST_TAKEN = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,16 @@ def collect(
     capsule: Capsule,
     mode: str,
     *,
-    pause: float,
     criu_version: str,
     headroom: Headroom,
+    room: memoryview | None,
     reason: str | None = None,
 ) -> DumpResult:
     """Make a result of what CRIU, and with a *mode* other than "plain" its plugin, left behind.
 
     Args:
         headroom: asked again and again, from another thread, whether the twins must end for want of memory.
+        room: memory for what small twins hold; see `make_room`.
 
     Raises:
         ImageError: the images are not what they should be.
@@ -75,14 +75,13 @@ def collect(
         written: list[FileMemory] = []
         memories: Sequence[Memory] = written
         twins: list[Twin] = []
+        frozen = 0.0
         if mode != "plain":
             twins, without, frozen = read_twins(capsule, images)
-            if mode == "lazy":
-                pause = frozen
             closing.callback(Keeper(twins, headroom.is_short).close)
+            take(twins, capsule, room)
             for twin in twins:
                 verify(images, twin)
-            _take(twins, headroom)
             (images / "twins").unlink()
             if without:
                 reason = f"{len(without)} of {len(without) + len(twins)} processes could have no twin"
@@ -94,7 +93,7 @@ def collect(
         size = sum(file.stat().st_size for file in images.iterdir())
         size += sum(pages * PAGE for memory in memories for _, _, pages in memory.runs)
         return DumpResult(
-            pause=pause,
+            pause=frozen if mode == "lazy" else statistics(images)["frozen_time"] / 1e6,
             image_bytes=size,
             criu_version=criu_version,
             mode=mode if twins else "plain",
@@ -104,11 +103,3 @@ def collect(
             _closing=closing.pop_all(),
         )
     raise AssertionError
-
-
-def _take(twins: Sequence[Twin], headroom: Headroom) -> None:
-    """End twins that hold little at once: while they live each page that the job writes to is copied."""
-    size = sum(twin.size() for twin in twins)
-    if size <= _MOST_TAKEN and headroom.is_ample(size):
-        for twin in twins:
-            twin.take()

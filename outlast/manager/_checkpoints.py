@@ -199,7 +199,7 @@ class Checkpointer:
             yield
 
     def _beside(self) -> contextlib.AbstractContextManager[None]:
-        """Ship on processors that the job leaves alone, where it does."""
+        """Work on processors that the job leaves alone, where it does."""
         capsule = self._run.capsule
         return beside(capsule.tasks() if capsule is not None else ())
 
@@ -300,6 +300,7 @@ class Checkpointer:
                     external=[entry["external"] for entry in run.passed if "external" in entry],
                     lock_fd=lock,
                     mode=mode,
+                    beside=self._beside,
                 )
         finally:
             keep_log(images / "dump.log", run)

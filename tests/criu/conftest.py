@@ -62,7 +62,7 @@ def user_place() -> Iterator[Place]:
 @pytest.fixture
 def lasting_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twins of small jobs, too, live until the dump's result is closed."""
-    monkeypatch.setattr("criu_backend._result._MOST_TAKEN", -1)
+    monkeypatch.setattr("criu_backend._small._MOST_TAKEN", -1)
 
 
 @pytest.fixture(params=["twins end at once", "twins last"])
