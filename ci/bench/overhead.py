@@ -13,6 +13,11 @@ step comes what a checkpoint costs whatever the processor's speed is from one ru
 around it than before and after, in bins of 20 ms, each the median of all checkpoints. "Lost" is their sum from when
 it was asked for to a second later (and a step more on either side), and the note "by steps" is the ratio that this
 comes to. "None" is the same of moments without a checkpoint: what it may be wrong by.
+"Off" is for how much longer the program did not compute (it stood still, or waited for a processor) in the second
+from when a checkpoint was asked for than in the one after it, and "faults" how many more page faults it had.
+Where two processors share a core, or its caches, the program is slower for as long as its checkpoint is shipped on
+the other one. With the mode "neighbor" there are no checkpoints, but another processor computes for as long at the
+same moments.
 
 In the case "busy" the program computes on all cores, so that what ships its checkpoints takes from it. These are
 made by the job's interval, with a bound on that (checkpoint.cpu_share) and with none; the note "busy" has both
@@ -116,7 +121,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=["plain", "forked"],
         metavar="MODE,...",
-        help="of plain (sequential) and forked; both unless given",
+        help="of plain (sequential), forked and neighbor; the first two unless given",
     )
     parser.add_argument(
         "--seconds",
@@ -283,8 +288,13 @@ def _add_round(
         variant = way.name
         bench.add(variant, f"{case.name}, run", answer["seconds"], "s")
         bench.add(variant, f"{case.name}, ratio", answer["seconds"] / seconds, "")
+        if way.mode == "neighbor":
+            continue
         worked = answer["cpu_seconds"] + sum(answer["pauses_ms"]) / 1e3
         bench.add(variant, f"{case.name}, CPU ratio", worked / computed, "")
+        if not case.busy:
+            bench.add(variant, f"{case.name}, off", statistics.median(answer["off_ms"]), "ms")
+            bench.add(variant, f"{case.name}, faults", statistics.median(answer["faults"]), "")
         bench.add(variant, f"{case.name}, pause", statistics.median(answer["pauses_ms"]), "ms")
         bench.add(variant, f"{case.name}, shipped", answer["shipped_bytes"] / 1e6, "MB")
         bench.add(variant, f"{case.name}, manager's CPU", answer["manager_cpu_seconds"], "s")

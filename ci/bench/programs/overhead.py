@@ -2,10 +2,11 @@
 
 overhead.py MODE SHARE CHECKPOINTS EXPECTED PROGRAM [ARGUMENT...]
 
-MODE is "none", "plain" or "forked". EXPECTED is how many seconds the program takes alone: the checkpoints are
-asked for at equal distances of that, and without any ("none") those moments are looked at all the same. With a
-SHARE other than "-" they are made by the job's interval, as long as that distance, and shipped with that
-`checkpoint.cpu_share`, which holds none back that is asked for.
+MODE is "none", "neighbor", "plain" or "forked". EXPECTED is how many seconds the program takes alone: the checkpoints
+are asked for at equal distances of that. Without any ("none") those moments are looked at all the same, and with
+"neighbor" another processor then computes for as long as it takes to ship 54 MB. With a SHARE other than "-" they are
+made by the job's interval, as long as that distance, and shipped with that `checkpoint.cpu_share`, which holds none
+back that is asked for.
 
 The program counts its own time, from its first instruction to its last, and that of each step (stamps.c): from the
 steps around it comes what a checkpoint cost.
@@ -13,6 +14,7 @@ steps around it comes what a checkpoint cost.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,8 +26,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,18 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _STAMPS = Path(__file__).parent / "stamps.so"
 _AROUND_SECONDS, _BIN_SECONDS = 4.0, 0.02
 _SECONDS = 60.0
+_WINDOW_SECONDS = 1.0
+_SHIPPING_SECONDS = 0.4
+_SHIPPING = """
+import hashlib, os, sys, time, zlib
+data = os.urandom(8 << 20)
+while time.process_time() < float(sys.argv[1]):
+    for at in range(0, len(data), 1 << 16):
+        zlib.compress(data[at : at + (1 << 16)], 1)
+        hashlib.blake2b(data[at : at + (1 << 16)]).digest()
+        if time.process_time() >= float(sys.argv[1]):
+            break
+"""
 
 
 def main() -> None:
@@ -49,10 +65,13 @@ def main() -> None:
         stamps = Path(place) / "stamps"
         timed = ["sh", "-c", _TIMED, "timed", "env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
         moments = [n * float(expected) / (int(checkpoints) + 1) for n in range(1, int(checkpoints) + 1)]
-        if mode == "none":
+        if mode in ("none", "neighbor"):
             start = time.monotonic()
+            asked = [start + one for one in moments]
+            if mode == "neighbor":
+                threading.Thread(target=_compute_at, args=[asked], daemon=True).start()
             times = _times(_run(timed))
-            print(json.dumps(times | _pace(stamps, [start + one for one in moments])))
+            print(json.dumps(times | _pace(stamps, asked)))
         else:
             if known_self_test(Criu()) is None:
                 self_test(Criu())  # until it has been made, dumps are plain
@@ -61,6 +80,13 @@ def main() -> None:
 
 def _run(command: Sequence[str]) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _compute_at(moments: Sequence[float]) -> None:
+    """Compute, at each of *moments*, what shipping does, in a process of its own."""
+    for moment in moments:
+        time.sleep(max(0.0, moment - time.monotonic()))
+        subprocess.run([sys.executable, "-c", _SHIPPING, str(_SHIPPING_SECONDS)], check=True)
 
 
 def _times(output: str) -> dict[str, float]:
@@ -84,6 +110,11 @@ def _pace(stamps: Path, asked: Sequence[float]) -> dict[str, Any]:
     at = [int.from_bytes(data[:8], sys.byteorder) / 1e6]
     for since in memoryview(data[8:]).cast("I"):
         at.append(at[-1] + since / 1e6)
+    if asked and at[-1] < asked[-1]:
+        sys.exit(
+            f"the program ended after {at[-1] - at[0]:.0f} s, before the last checkpoint was due: it was given other "
+            "work to wait for while it was found out how long it takes; leave the machine alone and measure again"
+        )
     steps = list(itertools.pairwise(at))
     short = []
     for moment in asked:
@@ -127,11 +158,15 @@ def _checkpointed(
             _await_running(manager, job)
             start = time.monotonic()
             asked = []
+            taken = []
+            program = _pid_of(stamps)
             for moment in moments:
                 time.sleep(max(0.0, start + moment - time.monotonic()))
                 if share == "-":
                     asked.append(time.monotonic())
+                    begin = _Taken.now(program)
                     control.call(manager, {"op": "checkpoint", "wait": True}, timeout=_SECONDS)
+                    taken.append(begin.until(_WINDOW_SECONDS) - _Taken.now(program).until(_WINDOW_SECONDS))
             spent = _cpu_seconds(_peer(manager))
             output, _ = job.communicate()
             if job.returncode:
@@ -147,9 +182,50 @@ def _checkpointed(
             "pauses_ms": [float(pause) for pause, *_ in found],
             "shipped_bytes": sum(int(shipped) for *_, shipped in found),
             "manager_cpu_seconds": spent,
+            "off_ms": [one.off * 1e3 for one in taken],
+            "faults": [one.faults for one in taken],
         }
         | _pace(stamps, asked)
     )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What process *pid* had not computed of the time until now, in seconds, and how many page faults it had had."""
+
+    pid: int
+    at: float
+    off: float
+    faults: int
+
+    @classmethod
+    def now(cls, pid: int) -> _Taken:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # The clock of another process: clock_getcpuclockid(3), as Linux makes its number.
+        computed = time.clock_gettime(~pid << 3 | 2)
+        at = time.monotonic()
+        return cls(pid, at, at - computed, int(fields[7]))
+
+    def until(self, seconds: float) -> _Taken:
+        """Return what came to that within so many *seconds*."""
+        time.sleep(max(0.0, self.at + seconds - time.monotonic()))
+        end = _Taken.now(self.pid)
+        return _Taken(self.pid, self.at, end.off - self.off, end.faults - self.faults)
+
+    def __sub__(self, usual: _Taken) -> _Taken:
+        return _Taken(self.pid, self.at, self.off - usual.off, self.faults - usual.faults)
+
+
+def _pid_of(stamps: Path) -> int:
+    """Find the program by where it writes its steps down; the shell that started it has no such thing."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"STAMPS={stamps}".encode() in environment.read_bytes().split(b"\0"):
+                    return int(environment.parent.name)
+        time.sleep(0.05)
+    sys.exit("the program did not start")
 
 
 def _await_running(manager: Path, job: subprocess.Popen[str]) -> None:
