@@ -14,7 +14,8 @@ around it than before and after, in bins of 20 ms, each the median of all checkp
 it was asked for to a second later (and a step more on either side), and the note "by steps" is the ratio that this
 comes to. "None" is the same of moments without a checkpoint: what it may be wrong by.
 "Off" is for how much longer the program did not compute (it stood still, or waited for a processor) in the second
-from when a checkpoint was asked for than in the one after it, and "faults" how many more page faults it had.
+from when a checkpoint was asked for than in the one after it, and "faults" how many more page faults it had (where
+checkpoints come closer, in a third of the time between two).
 Where two processors share a core, or its caches, the program is slower for as long as its checkpoint is shipped on
 the other one. With the mode "neighbor" there are no checkpoints, but another processor computes for as long at the
 same moments.

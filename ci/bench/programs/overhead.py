@@ -28,8 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +160,16 @@ def _checkpointed(
             asked = []
             taken = []
             program = _pid_of(stamps)
+            # Two of them must be over when the next checkpoint is due.
+            window = min(_WINDOW_SECONDS, moments[0] / 3)
+            checkpoint = partial(control.call, manager, {"op": "checkpoint", "wait": True}, timeout=_SECONDS)
             for moment in moments:
                 time.sleep(max(0.0, start + moment - time.monotonic()))
                 if share == "-":
                     asked.append(time.monotonic())
-                    begin = _Taken.now(program)
-                    control.call(manager, {"op": "checkpoint", "wait": True}, timeout=_SECONDS)
-                    taken.append(begin.until(_WINDOW_SECONDS) - _Taken.now(program).until(_WINDOW_SECONDS))
+                    off, faults = _window(program, window, checkpoint)
+                    usual_off, usual_faults = _window(program, window, lambda: None)
+                    taken.append(((off - usual_off) * 1e3, faults - usual_faults))
             spent = _cpu_seconds(_peer(manager))
             output, _ = job.communicate()
             if job.returncode:
@@ -182,38 +185,27 @@ def _checkpointed(
             "pauses_ms": [float(pause) for pause, *_ in found],
             "shipped_bytes": sum(int(shipped) for *_, shipped in found),
             "manager_cpu_seconds": spent,
-            "off_ms": [one.off * 1e3 for one in taken],
-            "faults": [one.faults for one in taken],
+            "off_ms": [off for off, _ in taken],
+            "faults": [faults for _, faults in taken],
         }
         | _pace(stamps, asked)
     )
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """What process *pid* had not computed of the time until now, in seconds, and how many page faults it had had."""
+def _window(pid: int, seconds: float, act: Callable[[], object]) -> tuple[float, int]:
+    """Do *act*; return for how many of so many *seconds* from now *pid* did not compute, and its page faults."""
 
-    pid: int
-    at: float
-    off: float
-    faults: int
-
-    @classmethod
-    def now(cls, pid: int) -> _Taken:
+    def state() -> tuple[float, float, int]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         # The clock of another process: clock_getcpuclockid(3), as Linux makes its number.
         computed = time.clock_gettime(~pid << 3 | 2)
-        at = time.monotonic()
-        return cls(pid, at, at - computed, int(fields[7]))
+        return time.monotonic(), computed, int(fields[7])
 
-    def until(self, seconds: float) -> _Taken:
-        """Return what came to that within so many *seconds*."""
-        time.sleep(max(0.0, self.at + seconds - time.monotonic()))
-        end = _Taken.now(self.pid)
-        return _Taken(self.pid, self.at, end.off - self.off, end.faults - self.faults)
-
-    def __sub__(self, usual: _Taken) -> _Taken:
-        return _Taken(self.pid, self.at, self.off - usual.off, self.faults - usual.faults)
+    begin, computed, faults = state()
+    act()
+    time.sleep(max(0.0, begin + seconds - time.monotonic()))
+    end, computed_then, faults_then = state()
+    return end - begin - (computed_then - computed), faults_then - faults
 
 
 def _pid_of(stamps: Path) -> int:
