@@ -8,14 +8,15 @@ before and, but for the last, the one after. "Noise" is what two of these, one a
 The work of a program is repeated until a run lasts as long as asked for.
 
 On a machine with other work a run's time says little; "CPU ratio" is then of more use: the time that the program
-computed for, and its pauses, over the time that it computes for alone. And from the time of each
-step comes what a checkpoint costs whatever the processor's speed is from one run to the next: how much less was done
-around it than before and after, in bins of 20 ms, each the median of all checkpoints. "Lost" is their sum from when
-it was asked for to a second later (and a step more on either side), and the note "by steps" is the ratio that this
-comes to. "None" is the same of moments without a checkpoint: what it may be wrong by.
+computed for, and its pauses, over the time that it computes for alone. And from the time of each part of
+each step comes what a checkpoint costs whatever the processor's speed is from one run to the next: how much less was
+done in the second from when it was asked for than in the second and a half before and after, in bins of 50 ms, each
+the median of all checkpoints. "Lost" is their sum, with its standard error (from drawing as many of the checkpoints,
+again and again), and the note "by steps" is the ratio that this comes to. "None" is the same of moments without a
+checkpoint, which should be 1 within its error.
 "Off" is for how much longer the program did not compute (it stood still, or waited for a processor) in the second
 from when a checkpoint was asked for than in the one after it, and "faults" how many more page faults it had (where
-checkpoints come closer, in a third of the time between two).
+checkpoints come closer, in a quarter of the time between two).
 Where two processors share a core, or its caches, the program is slower for as long as its checkpoint is shipped on
 the other one. With the mode "neighbor" there are no checkpoints, but another processor computes for as long at the
 same moments.
@@ -37,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ ROUNDS = 5
 
 _PROGRAMS = Path(__file__).parent / "programs"
 _PROBE_SECONDS = 3.0
+_BOOTSTRAPS = 200
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def run(bench: Bench) -> None:
                 _keep(bench, case, found[case])
     ratios: dict[str, dict[str, float]] = {}
     noise: dict[str, float] = {}
-    by_steps: dict[str, dict[str, float]] = {}
+    by_steps: dict[str, dict[str, dict[str, float]]] = {}
     busy: dict[str, float] = {}
     for case in cases:
         if case not in missing:
@@ -183,10 +186,11 @@ def run(bench: Bench) -> None:
                 elif row.variant.startswith("forked"):
                     key = row.variant.split()[1] if case.program == "lu" else str(case.size)
                     ratios.setdefault(case.program, {})[key] = round(row.median, 4)
-            elif row.quantity == f"{case.name}, lost":
+            elif row.quantity.startswith(f"{case.name}, lost"):
                 count = max(case.checkpoints) if row.variant == "none" else int(row.variant.split()[1])
-                ratio = 1 + count * row.median / 1e3 / alone
-                by_steps.setdefault(case.name, {})[row.variant] = round(ratio, 4)
+                share = count * row.median / 1e3 / alone
+                name, value = ("error", share) if row.quantity.endswith("error") else ("ratio", 1 + share)
+                by_steps.setdefault(case.name, {}).setdefault(row.variant, {})[name] = round(value, 4)
     for program, medians in ratios.items():
         bench.note(program, medians)
     if busy:
@@ -248,32 +252,35 @@ def _measure(bench: Bench, bed: Bed, case: _Case) -> None:
     for number in range(bench.round_count):
         bench.say(f"{case.name}: round {number + 1} of {bench.round_count}")
         alone.append(_once(bed, case, steps, _Way(count=max(case.checkpoints)), expected))
-        expected = float(alone[-1]["seconds"])
+        # The least of them: one that was slow would have checkpoints due when the next has ended.
+        expected = min(float(one["seconds"]) for one in alone)
         turn = ways if number % 2 == 0 else reversed(ways)
         told.append({way: _once(bed, case, steps, way, expected) for way in turn})
     for one in alone:
         bench.add("none", f"{case.name}, run", one["seconds"], "s")
     if not case.busy:
-        bench.add("none", f"{case.name}, lost", _lost(alone) * 1e3, "ms")
+        _lost(bench, case, "none", alone)
         for way in ways:
-            bench.add(way.name, f"{case.name}, lost", _lost([one[way] for one in told]) * 1e3, "ms")
+            _lost(bench, case, way.name, [answers[way] for answers in told])
     for before, after in itertools.pairwise(alone):
         bench.add("none", f"{case.name}, ratio", after["seconds"] / before["seconds"], "")
     for number, answers in enumerate(told):
         _add_round(bench, case, answers, alone[number : number + 2])
 
 
-def _lost(runs: Sequence[dict[str, Any]]) -> float:
-    """Return how many seconds' worth of work a checkpoint cost, from what was left undone around all of *runs*."""
-    step = float(statistics.median(run["step_seconds"] for run in runs))
-    width = float(runs[0]["bin_seconds"])
-    short = [
-        statistics.median(one) for one in zip(*(one for run in runs for one in run["short"]), strict=True)
-    ]
-    asked = len(short) // 2
-    begin, end = asked - round(step / width), asked + round((1.0 + step) / width)
-    usual = statistics.mean(short[:begin] + short[end:])
-    return float(width * sum(one - usual for one in short[begin:end]))
+def _lost(bench: Bench, case: _Case, variant: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Add how many ms of work a checkpoint cost, from what was left undone around all of *runs*, and its error."""
+    width, (begin, end) = float(runs[0]["bin_seconds"]) * 1e3, runs[0]["bins"]
+    short = [one[begin:end] for run in runs for one in run["short"]]
+
+    def cost(some: Sequence[Sequence[float]]) -> float:
+        return math.fsum(width * statistics.median(column) for column in zip(*some, strict=True))
+
+    # Each checkpoint's own cost is of no use: what else a machine does now and then is more than what is looked for.
+    draw_again = random.Random(0)  # noqa: S311 - no secret
+    again = [cost(draw_again.choices(short, k=len(short))) for _ in range(_BOOTSTRAPS)]
+    bench.add(variant, f"{case.name}, lost", cost(short), "ms")
+    bench.add(variant, f"{case.name}, lost, error", statistics.stdev(again), "ms")
 
 
 def _add_round(

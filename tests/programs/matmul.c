@@ -46,6 +46,8 @@ static void multiply_rows(const struct product *p, uint64_t first, uint64_t last
 					c[j] += factor * b[j];
 			}
 		}
+		if (first == 0 && workload_part_done != NULL)
+			workload_part_done();
 	}
 }
 

@@ -44,6 +44,10 @@ void workload_check_failed(const struct workload *w, uint64_t step, const char *
 /* Print the step's line, then do what was asked for this step: exit, die by a signal, sleep. */
 void workload_step_done(const struct workload *w, uint64_t step, uint64_t checksum);
 
+/* Called by a program whose steps take long after each of the parts that every step has, where somebody preloads
+ * something that wants to know. */
+void workload_part_done(void) __attribute__((weak));
+
 /* Print the last line. Returns the program's exit code. */
 int workload_end(const struct workload *w, uint64_t checksum);
 

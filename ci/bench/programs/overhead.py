@@ -14,10 +14,10 @@ steps around it comes what a checkpoint cost.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import socket
@@ -35,6 +35,7 @@ from typing import Any
 
 from criu_backend import Criu, known_self_test, self_test
 from outlast import control
+from outlast.errors import OutlastError
 
 _CONFIG = Path("/etc/outlast/outlast.toml")
 _JOBS = Path("/run/outlast/jobs")
@@ -42,7 +43,12 @@ _JOBS = Path("/run/outlast/jobs")
 _TIMED = 'date +%s.%N; "$@" >/dev/null; code=$?; date +%s.%N; times; exit $code'
 _TICKS = os.sysconf("SC_CLK_TCK")
 _STAMPS = Path(__file__).parent / "stamps.so"
-_AROUND_SECONDS, _BIN_SECONDS = 4.0, 0.02
+_BIN_SECONDS = 0.05
+_NO_STEP = (1 << 31) - 1
+_ENDED_EARLY = (
+    "the program ended before the last checkpoint was due: other work slowed it while it was found out how long it "
+    "takes; leave the machine alone and measure again"
+)
 _SECONDS = 60.0
 _WINDOW_SECONDS = 1.0
 _SHIPPING_SECONDS = 0.4
@@ -64,18 +70,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         stamps = Path(place) / "stamps"
         timed = ["sh", "-c", _TIMED, "timed", "env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
-        moments = [n * float(expected) / (int(checkpoints) + 1) for n in range(1, int(checkpoints) + 1)]
+        distance = float(expected) / (int(checkpoints) + 1)
+        moments = [n * distance for n in range(1, int(checkpoints) + 1)]
+        window = min(_WINDOW_SECONDS, distance / 4)  # four of them come between two checkpoints
         if mode in ("none", "neighbor"):
             start = time.monotonic()
             asked = [start + one for one in moments]
             if mode == "neighbor":
                 threading.Thread(target=_compute_at, args=[asked], daemon=True).start()
             times = _times(_run(timed))
-            print(json.dumps(times | _pace(stamps, asked)))
+            print(json.dumps(times | _pace(stamps, asked, window)))
         else:
             if known_self_test(Criu()) is None:
                 self_test(Criu())  # until it has been made, dumps are plain
-            print(json.dumps(_checkpointed(mode, share, moments, timed, stamps)))
+            print(json.dumps(_checkpointed(mode, share, moments, timed, stamps, window)))
 
 
 def _run(command: Sequence[str]) -> str:
@@ -99,44 +107,45 @@ def _times(output: str) -> dict[str, float]:
     }
 
 
-def _pace(stamps: Path, asked: Sequence[float]) -> dict[str, Any]:
-    """Return how long a step takes, and how much less than usual was done around each checkpoint.
+def _pace(stamps: Path, asked: Sequence[float], window: float) -> dict[str, Any]:
+    """Return how much less than usual was done around each checkpoint, of the time that there was.
 
-    *asked* has the time of CLOCK_MONOTONIC at which each was asked for. What is told of each is a list: the share
-    that was not done in each bin from some seconds before to as many after it. Usual is what the steps take within
-    that time that are not those of the second after it.
+    *asked* has the times of CLOCK_MONOTONIC at which they were asked for. "short" has a list of shares for each, one
+    for every bin from one and a half *window* seconds before it to as much after its window. A part of a step is as
+    much work as it takes in the median of all steps. Usual is the median of the bins outside the window.
     """
     data = stamps.read_bytes()
     at = [int.from_bytes(data[:8], sys.byteorder) / 1e6]
+    ends = []  # of steps, as indexes into at
     for since in memoryview(data[8:]).cast("I"):
-        at.append(at[-1] + since / 1e6)
+        at.append(at[-1] + (since & _NO_STEP) / 1e6)
+        if since > _NO_STEP:
+            ends.append(len(at) - 1)
+    parts = ends[0]
+    del at[ends[-1] // parts * parts + 1 :]  # the last line that is written ends no step
     if asked and at[-1] < asked[-1]:
-        sys.exit(
-            f"the program ended after {at[-1] - at[0]:.0f} s, before the last checkpoint was due: it was given other "
-            "work to wait for while it was found out how long it takes; leave the machine alone and measure again"
-        )
-    steps = list(itertools.pairwise(at))
+        sys.exit(_ENDED_EARLY)
+    took = [end - begin for begin, end in itertools.pairwise(at)]
+    work = [statistics.median(took[part::parts]) for part in range(parts)]
+    done = [0.0, *itertools.accumulate(itertools.islice(itertools.cycle(work), len(took)))]
+
+    def done_at(moment: float) -> float:
+        i = bisect.bisect_right(at, moment) - 1
+        return done[i] + (moment - at[i]) / took[i] * (done[i + 1] - done[i])
+
+    around, within = round(1.5 * window / _BIN_SECONDS), round(window / _BIN_SECONDS)
     short = []
     for moment in asked:
-        near = [(b, e) for b, e in steps if e > moment - _AROUND_SECONDS and b < moment + _AROUND_SECONDS]
-        usual = statistics.median(e - b for b, e in near if e < moment or b > moment + 1.0)
-        bins = [0.0] * round(2 * _AROUND_SECONDS / _BIN_SECONDS)
-        for begin, end in near:
-            first = (begin - moment + _AROUND_SECONDS) / _BIN_SECONDS
-            last = (end - moment + _AROUND_SECONDS) / _BIN_SECONDS
-            for number in range(max(0, int(first)), min(len(bins), math.ceil(last))):
-                within = min(last, number + 1) - max(first, number)
-                bins[number] += within / (last - first) * usual / _BIN_SECONDS
-        short.append([round(1 - done, 4) for done in bins])
-    return {
-        "step_seconds": statistics.median(end - begin for begin, end in steps),
-        "short": short,
-        "bin_seconds": _BIN_SECONDS,
-    }
+        bounds = [moment + n * _BIN_SECONDS for n in range(-around, within + around + 1)]
+        if at[0] <= bounds[0] and bounds[-1] < at[-1]:
+            speeds = [then - now for now, then in itertools.pairwise(map(done_at, bounds))]
+            usual = statistics.median(speeds[:around] + speeds[around + within :])
+            short.append([round(1 - speed / usual, 4) for speed in speeds])
+    return {"short": short, "bin_seconds": _BIN_SECONDS, "bins": [around, around + within]}
 
 
 def _checkpointed(
-    mode: str, share: str, moments: Sequence[float], command: Sequence[str], stamps: Path
+    mode: str, share: str, moments: Sequence[float], command: Sequence[str], stamps: Path, window: float
 ) -> dict[str, Any]:
     name = f"overhead-{os.getpid()}"
     interval = "30d" if share == "-" else f"{moments[0]:.0f}s"
@@ -160,15 +169,19 @@ def _checkpointed(
             asked = []
             taken = []
             program = _pid_of(stamps)
-            # Two of them must be over when the next checkpoint is due.
-            window = min(_WINDOW_SECONDS, moments[0] / 3)
             checkpoint = partial(control.call, manager, {"op": "checkpoint", "wait": True}, timeout=_SECONDS)
             for moment in moments:
                 time.sleep(max(0.0, start + moment - time.monotonic()))
                 if share == "-":
                     asked.append(time.monotonic())
-                    off, faults = _window(program, window, checkpoint)
-                    usual_off, usual_faults = _window(program, window, lambda: None)
+                    try:
+                        off, faults = _window(program, window, checkpoint)
+                        usual_off, usual_faults = _window(program, window, lambda: None)
+                    except (OSError, OutlastError):
+                        if Path(f"/proc/{program}").exists():
+                            raise
+                        job.communicate()
+                        sys.exit(_ENDED_EARLY)
                     taken.append(((off - usual_off) * 1e3, faults - usual_faults))
             spent = _cpu_seconds(_peer(manager))
             output, _ = job.communicate()
@@ -188,7 +201,7 @@ def _checkpointed(
             "off_ms": [off for off, _ in taken],
             "faults": [faults for _, faults in taken],
         }
-        | _pace(stamps, asked)
+        | _pace(stamps, asked, window)
     )
 
 
