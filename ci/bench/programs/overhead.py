@@ -3,13 +3,13 @@
 overhead.py MODE SHARE CHECKPOINTS EXPECTED PROGRAM [ARGUMENT...]
 
 MODE is "none", "neighbor", "plain" or "forked". EXPECTED is how many seconds the program takes alone: the checkpoints
-are asked for at equal distances of that. Without any ("none") those moments are looked at all the same, and with
-"neighbor" another processor then computes for as long as it takes to ship 54 MB. With a SHARE other than "-" they are
-made by the job's interval, as long as that distance, and shipped with that `checkpoint.cpu_share`, which holds none
-back that is asked for.
+are asked for at equal distances of nine tenths of that. Without any ("none") those moments are looked at all the
+same, and with "neighbor" another processor then computes for as long as it takes to ship 54 MB. With a SHARE other
+than "-" they are made by the job's interval, as long as that distance, and shipped with that `checkpoint.cpu_share`,
+which holds none back that is asked for.
 
-The program counts its own time, from its first instruction to its last, and that of each step (stamps.c): from the
-steps around it comes what a checkpoint cost.
+The program counts its own time, from its first instruction to its last, and that of each step and its parts
+(stamps.c): from those around it comes what a checkpoint cost.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _TIMED = 'date +%s.%N; "$@" >/dev/null; code=$?; date +%s.%N; times; exit $code'
 _TICKS = os.sysconf("SC_CLK_TCK")
 _STAMPS = Path(__file__).parent / "stamps.so"
 _BIN_SECONDS = 0.05
+_MARGIN = 0.9  # of the time that a run is expected to take: it may be faster
 _NO_STEP = (1 << 31) - 1
 _ENDED_EARLY = (
     "the program ended before the last checkpoint was due: other work slowed it while it was found out how long it "
@@ -70,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         stamps = Path(place) / "stamps"
         timed = ["sh", "-c", _TIMED, "timed", "env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
-        distance = float(expected) / (int(checkpoints) + 1)
+        distance = _MARGIN * float(expected) / (int(checkpoints) + 1)
         moments = [n * distance for n in range(1, int(checkpoints) + 1)]
         window = min(_WINDOW_SECONDS, distance / 4)  # four of them come between two checkpoints
         if mode in ("none", "neighbor"):
