@@ -39,8 +39,6 @@ from outlast.errors import OutlastError
 
 _CONFIG = Path("/etc/outlast/outlast.toml")
 _JOBS = Path("/run/outlast/jobs")
-# Says when the program began and ended; its output would be the terminal's cost, not the checkpoints'.
-_TIMED = 'date +%s.%N; "$@" >/dev/null; code=$?; date +%s.%N; times; exit $code'
 _TICKS = os.sysconf("SC_CLK_TCK")
 _STAMPS = Path(__file__).parent / "stamps.so"
 _BIN_SECONDS = 0.05
@@ -70,7 +68,8 @@ def main() -> None:
     mode, share, checkpoints, expected, *program = sys.argv[1:]
     with tempfile.TemporaryDirectory() as place:
         stamps = Path(place) / "stamps"
-        timed = ["sh", "-c", _TIMED, "timed", "env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
+        # One process, as the papers' programs were. Its output would be the terminal's cost, not the checkpoints'.
+        timed = ["env", f"LD_PRELOAD={_STAMPS}", f"STAMPS={stamps}", *program]
         distance = _MARGIN * float(expected) / (int(checkpoints) + 1)
         moments = [n * distance for n in range(1, int(checkpoints) + 1)]
         window = min(_WINDOW_SECONDS, distance / 4)  # four of them come between two checkpoints
@@ -79,16 +78,12 @@ def main() -> None:
             asked = [start + one for one in moments]
             if mode == "neighbor":
                 threading.Thread(target=_compute_at, args=[asked], daemon=True).start()
-            times = _times(_run(timed))
-            print(json.dumps(times | _pace(stamps, asked, window)))
+            subprocess.run(timed, check=True, stdout=subprocess.DEVNULL)
+            print(json.dumps(_pace(stamps, asked, window)))
         else:
             if known_self_test(Criu()) is None:
                 self_test(Criu())  # until it has been made, dumps are plain
             print(json.dumps(_checkpointed(mode, share, moments, timed, stamps, window)))
-
-
-def _run(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _compute_at(moments: Sequence[float]) -> None:
@@ -98,27 +93,18 @@ def _compute_at(moments: Sequence[float]) -> None:
         subprocess.run([sys.executable, "-c", _SHIPPING, str(_SHIPPING_SECONDS)], check=True)
 
 
-def _times(output: str) -> dict[str, float]:
-    """Return how long the program took, and for how long it computed."""
-    start, end, _shell, children = output.splitlines()
-    minutes = re.findall(r"(\d+)m([\d.]+)s", children)
-    return {
-        "seconds": float(end) - float(start),
-        "cpu_seconds": sum(60 * int(whole) + float(rest) for whole, rest in minutes),
-    }
-
-
 def _pace(stamps: Path, asked: Sequence[float], window: float) -> dict[str, Any]:
-    """Return how much less than usual was done around each checkpoint, of the time that there was.
+    """Return how long the program took and computed, and how much less than usual was done around each checkpoint.
 
     *asked* has the times of CLOCK_MONOTONIC at which they were asked for. "short" has a list of shares for each, one
     for every bin from one and a half *window* seconds before it to as much after its window. A part of a step is as
     much work as it takes in the median of all steps. Usual is the median of the bins outside the window.
     """
     data = stamps.read_bytes()
-    at = [int.from_bytes(data[:8], sys.byteorder) / 1e6]
+    start, end, computed, done_first = (one / 1e6 for one in memoryview(data[:32]).cast("Q"))
+    at = [done_first]
     ends = []  # of steps, as indexes into at
-    for since in memoryview(data[8:]).cast("I"):
+    for since in memoryview(data[32:]).cast("I"):
         at.append(at[-1] + (since & _NO_STEP) / 1e6)
         if since > _NO_STEP:
             ends.append(len(at) - 1)
@@ -142,7 +128,13 @@ def _pace(stamps: Path, asked: Sequence[float], window: float) -> dict[str, Any]
             speeds = [then - now for now, then in itertools.pairwise(map(done_at, bounds))]
             usual = statistics.median(speeds[:around] + speeds[around + within :])
             short.append([round(1 - speed / usual, 4) for speed in speeds])
-    return {"short": short, "bin_seconds": _BIN_SECONDS, "bins": [around, around + within]}
+    return {
+        "seconds": end - start,
+        "cpu_seconds": computed,
+        "short": short,
+        "bin_seconds": _BIN_SECONDS,
+        "bins": [around, around + within],
+    }
 
 
 def _checkpointed(
@@ -163,7 +155,7 @@ def _checkpointed(
         config.write("\n".join(lines) + "\n")
         config.flush()
         outlast = ["outlast", "--config", config.name, "run", "--interval", interval, "--name", name, "--"]
-        with subprocess.Popen([*outlast, *command], stdout=subprocess.PIPE, text=True) as job:
+        with subprocess.Popen([*outlast, *command], stdout=subprocess.DEVNULL) as job:
             manager = _JOBS / name / "manager.sock"
             _await_running(manager, job)
             start = time.monotonic()
@@ -181,29 +173,24 @@ def _checkpointed(
                     except (OSError, OutlastError):
                         if Path(f"/proc/{program}").exists():
                             raise
-                        job.communicate()
+                        job.wait()
                         sys.exit(_ENDED_EARLY)
                     taken.append(((off - usual_off) * 1e3, faults - usual_faults))
             spent = _cpu_seconds(_peer(manager))
-            output, _ = job.communicate()
-            if job.returncode:
+            if job.wait():
                 sys.exit(f"{' '.join(command)}: exit code {job.returncode}")
         log = Path(f"/var/log/outlast/jobs/{name}.log").read_text()
     found = re.findall(r"paused ([0-9.]+) ms \((\w+)\), (\d+) bytes, (\d+) shipped", log)
     wrong = len(found) != len(asked) if share == "-" else not found
     if wrong or any(kind != mode for _, kind, *_ in found):
         sys.exit(f"not {len(moments)} {mode} checkpoints but {found}")
-    return (
-        _times(output)
-        | {
-            "pauses_ms": [float(pause) for pause, *_ in found],
-            "shipped_bytes": sum(int(shipped) for *_, shipped in found),
-            "manager_cpu_seconds": spent,
-            "off_ms": [off for off, _ in taken],
-            "faults": [faults for _, faults in taken],
-        }
-        | _pace(stamps, asked, window)
-    )
+    return {
+        "pauses_ms": [float(pause) for pause, *_ in found],
+        "shipped_bytes": sum(int(shipped) for *_, shipped in found),
+        "manager_cpu_seconds": spent,
+        "off_ms": [off for off, _ in taken],
+        "faults": [faults for _, faults in taken],
+    } | _pace(stamps, asked, window)
 
 
 def _window(pid: int, seconds: float, act: Callable[[], object]) -> tuple[float, int]:
@@ -234,7 +221,7 @@ def _pid_of(stamps: Path) -> int:
     sys.exit("the program did not start")
 
 
-def _await_running(manager: Path, job: subprocess.Popen[str]) -> None:
+def _await_running(manager: Path, job: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 30
     while True:
         try:
